@@ -1,1 +1,12 @@
 //! The appliance's whole behaviour as a state machine without I/O, clock or entropy of its own.
+//!
+//! Packets, upstream events and time come in through [`Engine::handle`]; packets, commands to upstream sockets
+//! and events go out, in one order, through the driver's [`World`]. Bulk data is lent, never queued: see
+//! [`Engine::read`] and [`Engine::write`]. `ARCHITECTURE.md` has the picture.
+
+pub mod addr;
+pub mod policy;
+pub mod time;
+
+pub use addr::{FlowId, IngressId, Protocol};
+pub use time::{Deadline, Timestamp, WakeReason};
