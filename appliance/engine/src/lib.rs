@@ -5,8 +5,18 @@
 //! [`Engine::read`] and [`Engine::write`]. `ARCHITECTURE.md` has the picture.
 
 pub mod addr;
+pub mod config;
+mod engine;
+pub mod event;
+pub mod io;
+pub mod packet;
 pub mod policy;
 pub mod time;
 
-pub use addr::{FlowId, IngressId, Protocol};
+pub use addr::{FlowId, IngressId, Protocol, ShardId};
+pub use config::Config;
+pub use engine::Engine;
+pub use event::{CloseReason, DropReason, Event};
+pub use io::{Input, Judgement, PacketIn, World, step};
+pub use policy::Policy;
 pub use time::{Deadline, Timestamp, WakeReason};

@@ -1,0 +1,211 @@
+//! What comes in and goes out: inputs, commands, events, and the world that carries them out.
+
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
+use std::sync::Arc;
+
+use crate::addr::{FlowId, IngressId, Protocol, ShardId};
+use crate::engine::Engine;
+use crate::event::{DropReason, Event};
+use crate::policy::{EgressId, Policy, RuleRef};
+use crate::time::{Deadline, Timestamp};
+
+/// What the outside world can tell the engine.
+#[derive(Debug)]
+pub enum Input<'a> {
+    /// A packet from a client.
+    Packet(PacketIn<'a>),
+    /// News about an upstream that the engine asked for. News about a flow that has ended is ignored.
+    Upstream(FlowId, UpstreamEvent<'a>),
+    /// Only time has passed; harmless when early.
+    Wakeup,
+    /// The policy from now on. Flows it denies end with its reason.
+    Policy(Arc<Policy>),
+    /// Nanoseconds from the Unix epoch to the driver's epoch ([`Timestamp::ZERO`]): the time of day.
+    WallClock(i64),
+    /// Accept no new flows, let the open ones finish.
+    Drain,
+}
+
+/// A packet from a client, starting at its IP header.
+#[derive(Debug, Clone, Copy)]
+pub struct PacketIn<'a> {
+    /// Where it came in.
+    pub ingress: IngressId,
+    /// The packet; what lies behind the IP total length is ignored. TCP super-packets of up to 65,535 bytes are
+    /// taken as they are.
+    pub bytes: &'a [u8],
+    /// What the device knows of the transport checksum.
+    pub checksum: ChecksumState,
+    /// Payload bytes per datagram where `bytes` is a UDP super-packet (USO); `None` otherwise.
+    pub segment_size: Option<NonZeroU16>,
+}
+
+/// What the device knows of a packet's transport checksum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum ChecksumState {
+    /// It is right, or was never filled in by a sender on this host.
+    Trusted,
+    /// Nobody has looked: the engine verifies it.
+    Unverified,
+}
+
+/// News about an upstream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UpstreamEvent<'a> {
+    /// The TCP connection is established.
+    Connected,
+    /// The attempt failed, before [`UpstreamEvent::Connected`].
+    Failed(UpstreamError),
+    /// The upstream has sent FIN; all bytes before it have been given to [`Engine::write`].
+    ReadClosed,
+    /// The upstream has reset the connection, or it was lost, after [`UpstreamEvent::Connected`].
+    Reset,
+    /// A UDP datagram from `source`, or several of `segment_size` bytes each (the last may be shorter).
+    Datagram { source: SocketAddr, payload: &'a [u8], segment_size: Option<NonZeroU16> },
+    /// An echo reply from the flow's target.
+    EchoReply { sequence: u16, payload: &'a [u8] },
+    /// An ICMP error about something that a UDP or ICMP flow sent to `target`. `reporter` is the router or host
+    /// that says so, where known.
+    Error { target: SocketAddr, reporter: Option<IpAddr>, error: IcmpError },
+}
+
+/// Why an upstream connection could not be made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+pub enum UpstreamError {
+    /// The target answered with RST.
+    Refused,
+    /// A router or this host said that the target cannot be reached.
+    Unreachable(Unreachable),
+    /// Nothing was heard in time.
+    TimedOut,
+    /// The egress in between (a proxy) failed or declined.
+    Egress,
+    /// This host has no more sockets, ports or memory for it.
+    Exhausted,
+}
+
+/// The codes of destination unreachable that mean the same for ICMP (RFC 792, RFC 1812) and ICMPv6 (RFC 4443).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+pub enum Unreachable {
+    /// No route: ICMP code 0, ICMPv6 code 0.
+    Network,
+    /// Host or address unreachable: ICMP code 1, ICMPv6 code 3.
+    Host,
+    /// Protocol unreachable: ICMP code 2; ICMPv6 says parameter problem, code 1.
+    Protocol,
+    /// Port unreachable: ICMP code 3, ICMPv6 code 4.
+    Port,
+    /// Administratively prohibited: ICMP code 13, ICMPv6 code 1.
+    Prohibited,
+}
+
+/// An ICMP error, of either version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+pub enum IcmpError {
+    /// Destination unreachable.
+    Unreachable(Unreachable),
+    /// Fragmentation needed (RFC 1191) or packet too big (RFC 8201), with the next hop's MTU in bytes.
+    PacketTooBig { mtu: u16 },
+    /// The hop limit ran out on the way.
+    TimeExceeded,
+}
+
+/// What the engine wants done with an upstream. After [`UpstreamCommand::Close`] or [`UpstreamCommand::Abort`]
+/// the flow has none, and no more commands follow for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UpstreamCommand<'a> {
+    /// Open one: connect for TCP (answer with `Connected` or `Failed`), a socket for UDP and ICMP (no answer).
+    Open(Open),
+    /// Bytes from the client wait: call [`Engine::read`] until it lends nothing, or until the socket blocks and
+    /// again when it can be written. Not repeated before the driver has found the flow empty.
+    Readable,
+    /// There is room again for bytes to the client: call [`Engine::write`]. Given once after connecting, and then
+    /// each time after the driver was lent no room.
+    Writable,
+    /// The client has sent FIN and all its bytes have been read: shut the upstream's write side down.
+    CloseWrite,
+    /// Send a UDP datagram to `target`, or several of `segment_size` bytes each. `hop_limit` is what the client's
+    /// packet had left, less one.
+    Send { target: SocketAddr, payload: &'a [u8], segment_size: Option<NonZeroU16>, hop_limit: u8 },
+    /// Send an ICMP echo request to the flow's target.
+    Echo { sequence: u16, payload: &'a [u8], hop_limit: u8 },
+    /// Both directions have ended in order: let the socket go.
+    Close,
+    /// Reset the connection, or give up connecting.
+    Abort,
+}
+
+/// An upstream to open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Open {
+    /// Where the client is.
+    pub ingress: IngressId,
+    /// What to speak.
+    pub protocol: Protocol,
+    /// The client's address; for ICMP the port is the echo identifier.
+    pub client: SocketAddr,
+    /// Where to connect: the address the client asked for, or the redirect's. For UDP it is the first datagram's;
+    /// a session sends to many. For ICMP the port is 0.
+    pub target: SocketAddr,
+    /// The named way out; `None` is direct.
+    pub egress: Option<EgressId>,
+}
+
+/// What became of one packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Judgement {
+    /// Why it was dropped; `None` if it passed: it was understood and acted upon or held.
+    pub dropped: Option<DropReason>,
+    /// The list entry or rule that decided about this packet or its flow. `None` where neither was asked.
+    pub rule: Option<RuleRef>,
+    /// The flow it belongs to, if there is one.
+    pub flow: Option<FlowId>,
+}
+
+/// How a packet leaves the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PacketOut {
+    /// The ingress of the client it is for.
+    pub ingress: IngressId,
+    /// The flow it belongs to, if there is one.
+    pub flow: Option<FlowId>,
+    /// Length of the IP header with extension headers: where the transport header starts.
+    pub header_len: u16,
+    /// Offset of the checksum field from `header_len` where the field holds only the folded pseudo-header sum and
+    /// the device or [`packet::complete_checksum`](crate::packet::complete_checksum) is to finish it. `None`: the
+    /// packet is complete.
+    pub partial_checksum: Option<u16>,
+    /// Transport payload bytes per packet where this is a super-packet for the device or
+    /// [`packet::segments`](crate::packet::segments) to cut up; `None`: one packet.
+    pub segment_size: Option<NonZeroU16>,
+}
+
+/// The engine's side effects: once with sockets, once with queues. Nothing here waits; drivers flush after a step.
+pub trait World {
+    /// Whether the device takes another bulk packet. While it does not, the engine keeps data in its send buffers
+    /// and goes on at a later [`Engine::flush`]. Control packets may still come; room for them is the world's duty.
+    fn has_room(&self) -> bool;
+    /// Lends a buffer of exactly `len` bytes (at most 65,535) with any content; [`World::send_packet`] follows.
+    fn packet_buffer(&mut self, len: usize) -> &mut [u8];
+    /// Sends what the engine has written into the buffer just lent.
+    fn send_packet(&mut self, packet: PacketOut);
+    /// Carries out a command. [`Engine::read`] and [`Engine::write`] are called after the step, not from here.
+    fn upstream(&mut self, flow: FlowId, command: UpstreamCommand<'_>);
+    /// Takes note of something worth counting, logging or checking.
+    fn event(&mut self, event: &Event);
+    /// Hands a whole packet, reassembled here from fragments, to the shard that owns its flow.
+    fn forward(&mut self, shard: ShardId, packet: PacketIn<'_>);
+}
+
+/// Feeds one input, carries out all that follows from it, and returns what became of a packet and when to come
+/// back. A driver that has several inputs at hand calls [`Engine::handle`] for each and [`Engine::flush`] once.
+pub fn step(
+    engine: &mut Engine,
+    world: &mut dyn World,
+    now: Timestamp,
+    input: Input<'_>,
+) -> (Option<Judgement>, Option<Deadline>) {
+    let judgement = engine.handle(now, input, world);
+    (judgement, engine.flush(now, world))
+}
