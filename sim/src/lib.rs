@@ -1,1 +1,2 @@
 //! Replays captures through the engine on virtual time.
+pub mod outcome;
