@@ -12,7 +12,11 @@ use crate::policy::{Action, RuleRef};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// A packet was dropped.
-    Dropped { reason: DropReason, rule: Option<RuleRef>, flow: Option<FlowId> },
+    Dropped {
+        reason: DropReason,
+        rule: Option<RuleRef>,
+        flow: Option<FlowId>,
+    },
     /// A flow was accepted by the policy; its upstream is being opened. For UDP it is a mapping, which serves all
     /// targets of one client endpoint, and `target` is the first of them.
     Opened {

@@ -62,12 +62,20 @@ pub enum UpstreamEvent<'a> {
     /// The upstream has reset the connection, or it was lost, after [`UpstreamEvent::Connected`].
     Reset,
     /// A UDP datagram from `source`, or several of `segment_size` bytes each (the last may be shorter).
-    Datagram { source: SocketAddr, payload: &'a [u8], segment_size: Option<NonZeroU16> },
+    Datagram {
+        source: SocketAddr,
+        payload: &'a [u8],
+        segment_size: Option<NonZeroU16>,
+    },
     /// An echo reply from the flow's target.
     EchoReply { sequence: u16, payload: &'a [u8] },
     /// An ICMP error about something that a UDP or ICMP flow sent to `target`. `reporter` is the router or host
     /// that says so, where known.
-    Error { target: SocketAddr, reporter: Option<IpAddr>, error: IcmpError },
+    Error {
+        target: SocketAddr,
+        reporter: Option<IpAddr>,
+        error: IcmpError,
+    },
 }
 
 /// Why an upstream connection could not be made.
@@ -127,9 +135,18 @@ pub enum UpstreamCommand<'a> {
     CloseWrite,
     /// Send a UDP datagram to `target`, or several of `segment_size` bytes each. `hop_limit` is what the client's
     /// packet had left, less one.
-    Send { target: SocketAddr, payload: &'a [u8], segment_size: Option<NonZeroU16>, hop_limit: u8 },
+    Send {
+        target: SocketAddr,
+        payload: &'a [u8],
+        segment_size: Option<NonZeroU16>,
+        hop_limit: u8,
+    },
     /// Send an ICMP echo request to the flow's target.
-    Echo { sequence: u16, payload: &'a [u8], hop_limit: u8 },
+    Echo {
+        sequence: u16,
+        payload: &'a [u8],
+        hop_limit: u8,
+    },
     /// Both directions have ended in order: let the socket go.
     Close,
     /// Reset the connection, or give up connecting.

@@ -37,7 +37,10 @@ impl Add<Duration> for Timestamp {
 
     /// Saturates at [`Timestamp::MAX`].
     fn add(self, later_by: Duration) -> Self {
-        Self(self.0.saturating_add(u64::try_from(later_by.as_nanos()).unwrap_or(u64::MAX)))
+        Self(
+            self.0
+                .saturating_add(u64::try_from(later_by.as_nanos()).unwrap_or(u64::MAX)),
+        )
     }
 }
 
@@ -46,7 +49,10 @@ impl Sub<Duration> for Timestamp {
 
     /// Saturates at the epoch.
     fn sub(self, earlier_by: Duration) -> Self {
-        Self(self.0.saturating_sub(u64::try_from(earlier_by.as_nanos()).unwrap_or(u64::MAX)))
+        Self(
+            self.0
+                .saturating_sub(u64::try_from(earlier_by.as_nanos()).unwrap_or(u64::MAX)),
+        )
     }
 }
 

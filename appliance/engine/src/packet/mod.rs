@@ -1,5 +1,11 @@
 //! Packets: parsed once into checked views, and built.
 
+mod transport;
+mod view;
+
+pub use transport::{Echo, IcmpMessage, IcmpView, TcpFlags, TcpOptions, TcpView, Transport, UdpView};
+pub use view::{FragmentView, PacketView, QuotedPacket};
+
 use crate::io::PacketOut;
 
 /// Finishes a checksum that the engine left to the device.

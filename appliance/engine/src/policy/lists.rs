@@ -83,7 +83,9 @@ pub struct Lists {
 impl Lists {
     /// Indexes `entries`.
     pub fn new(entries: &[ListEntry]) -> Self {
-        Self { entries: entries.to_vec() }
+        Self {
+            entries: entries.to_vec(),
+        }
     }
 
     /// Whether there is no entry at all, so that no packet needs a lookup.

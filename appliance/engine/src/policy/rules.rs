@@ -77,10 +77,16 @@ pub struct Rule {
 pub(super) fn decide(rules: &[Rule], protocol: Protocol, client: SocketAddr, target: SocketAddr) -> Decision {
     for (index, rule) in rules.iter().enumerate() {
         if fits(&rule.matches, protocol, client, target) {
-            return Decision { action: rule.action, rule: RuleRef::Rule(index as u32) };
+            return Decision {
+                action: rule.action,
+                rule: RuleRef::Rule(index as u32),
+            };
         }
     }
-    Decision { action: Action::Direct, rule: RuleRef::Default }
+    Decision {
+        action: Action::Direct,
+        rule: RuleRef::Default,
+    }
 }
 
 fn fits(matches: &RuleMatch, protocol: Protocol, client: SocketAddr, target: SocketAddr) -> bool {
@@ -89,7 +95,10 @@ fn fits(matches: &RuleMatch, protocol: Protocol, client: SocketAddr, target: Soc
     };
     let port_fits = matches.ports.is_empty()
         || (protocol != Protocol::Icmp
-            && matches.ports.iter().any(|range| (range.first..=range.last).contains(&target.port())));
+            && matches
+                .ports
+                .iter()
+                .any(|range| (range.first..=range.last).contains(&target.port())));
     (matches.protocols.is_empty() || matches.protocols.contains(&protocol))
         && port_fits
         && any_of(&matches.clients, client)
