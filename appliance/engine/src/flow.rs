@@ -1,0 +1,322 @@
+//! The flow table: every flow of one shard, found by key or by id in constant time.
+
+use std::hash::Hasher;
+use std::net::{IpAddr, SocketAddr};
+
+use hashbrown::HashTable;
+use siphasher::sip::SipHasher13;
+
+use crate::addr::{FlowId, IngressId, ShardId};
+use crate::policy::EgressId;
+
+/// What tells one flow from another. VLAN tags are no part of it: some paths tag one direction only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FlowKey {
+    /// A TCP connection: the 4-tuple.
+    Tcp { ingress: IngressId, client: SocketAddr, target: SocketAddr },
+    /// A UDP mapping: endpoint-independent (RFC 4787, REQ-1), so the target is no part of it.
+    Udp { ingress: IngressId, client: SocketAddr, route: Route },
+    /// An echo session: identifier and both addresses (RFC 5508).
+    Icmp { ingress: IngressId, client: IpAddr, identifier: u16, target: IpAddr, route: Route },
+}
+
+/// The way out of a datagram session. Two targets with different ways out need two upstream sockets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Route {
+    /// To the target itself.
+    Direct,
+    /// By way of a named egress.
+    Egress(EgressId),
+    /// To another address in the place of `target`, which replies must seem to come from.
+    Redirect { to: SocketAddr, target: SocketAddr },
+}
+
+/// Hashes keys with SipHash-1-3 under a secret, so that no client can aim at one bucket.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct KeyHasher {
+    keys: (u64, u64),
+}
+
+impl KeyHasher {
+    pub(crate) fn new(keys: (u64, u64)) -> Self {
+        Self { keys }
+    }
+
+    /// The keyed hash of the bytes that `write` packs.
+    fn hash(&self, write: impl FnOnce(&mut Packed)) -> u64 {
+        let mut packed = Packed { bytes: [0; 96], len: 0 };
+        write(&mut packed);
+        let mut hasher = SipHasher13::new_with_keys(self.keys.0, self.keys.1);
+        hasher.write(&packed.bytes[..packed.len]);
+        hasher.finish()
+    }
+
+    pub(crate) fn flow(&self, key: &FlowKey) -> u64 {
+        self.hash(|packed| match *key {
+            FlowKey::Tcp { ingress, client, target } => {
+                packed.put(&[0]);
+                packed.put(&ingress.0.to_le_bytes());
+                packed.endpoint(client);
+                packed.endpoint(target);
+            }
+            FlowKey::Udp { ingress, client, route } => {
+                packed.put(&[1]);
+                packed.put(&ingress.0.to_le_bytes());
+                packed.endpoint(client);
+                packed.route(route);
+            }
+            FlowKey::Icmp { ingress, client, identifier, target, route } => {
+                packed.put(&[2]);
+                packed.put(&ingress.0.to_le_bytes());
+                packed.endpoint(SocketAddr::new(client, identifier));
+                packed.address(target);
+                packed.route(route);
+            }
+        })
+    }
+
+    /// Hash of one client of one ingress.
+    pub(crate) fn client(&self, ingress: IngressId, client: IpAddr) -> u64 {
+        self.hash(|packed| {
+            packed.put(&ingress.0.to_le_bytes());
+            packed.address(client);
+        })
+    }
+
+    /// A number that nobody without the secret can tell, for the connection made at `nanos`
+    /// (RFC 6528: a keyed hash of the 4-tuple, and time).
+    pub(crate) fn sequence_seed(&self, client: SocketAddr, target: SocketAddr, nanos: u64) -> u64 {
+        self.hash(|packed| {
+            packed.put(&nanos.to_le_bytes());
+            packed.endpoint(client);
+            packed.endpoint(target);
+        })
+    }
+}
+
+struct Packed {
+    bytes: [u8; 96],
+    len: usize,
+}
+
+impl Packed {
+    fn put(&mut self, bytes: &[u8]) {
+        self.bytes[self.len..self.len + bytes.len()].copy_from_slice(bytes);
+        self.len += bytes.len();
+    }
+
+    fn address(&mut self, address: IpAddr) {
+        match address {
+            IpAddr::V4(v4) => self.put(&v4.octets()),
+            IpAddr::V6(v6) => self.put(&v6.octets()),
+        }
+    }
+
+    fn endpoint(&mut self, endpoint: SocketAddr) {
+        self.address(endpoint.ip());
+        self.put(&endpoint.port().to_le_bytes());
+    }
+
+    fn route(&mut self, route: Route) {
+        match route {
+            Route::Direct => self.put(&[0]),
+            Route::Egress(egress) => {
+                self.put(&[1]);
+                self.put(&egress.0.to_le_bytes());
+            }
+            Route::Redirect { to, target } => {
+                self.put(&[2]);
+                self.endpoint(to);
+                self.endpoint(target);
+            }
+        }
+    }
+}
+
+/// Flows in a slab, indexed by key; slots are used again under a new generation.
+pub(crate) struct FlowTable<F> {
+    shard: ShardId,
+    hasher: KeyHasher,
+    slots: Vec<Slot<F>>,
+    free: Vec<u32>,
+    by_key: HashTable<u32>,
+}
+
+struct Slot<F> {
+    generation: u32,
+    entry: Option<(FlowKey, F)>,
+}
+
+impl<F> FlowTable<F> {
+    pub(crate) fn new(shard: ShardId, hasher: KeyHasher) -> Self {
+        Self { shard, hasher, slots: Vec::new(), free: Vec::new(), by_key: HashTable::new() }
+    }
+
+    /// Finds the flow with this key.
+    pub(crate) fn find(&self, key: &FlowKey) -> Option<FlowId> {
+        let slot = *self.by_key.find(self.hasher.flow(key), |&slot| self.key_at(slot) == key)?;
+        Some(FlowId::new(self.shard, self.slots[slot as usize].generation, slot))
+    }
+
+    /// Puts a flow in under a key that is not in use.
+    pub(crate) fn insert(&mut self, key: FlowKey, flow: F) -> FlowId {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot { generation: 0, entry: None });
+            (self.slots.len() - 1) as u32
+        });
+        let place = &mut self.slots[slot as usize];
+        debug_assert!(place.entry.is_none());
+        place.entry = Some((key, flow));
+        let id = FlowId::new(self.shard, place.generation, slot);
+        let Self { hasher, slots, by_key, .. } = self;
+        by_key.insert_unique(hasher.flow(&key), slot, |&slot| {
+            hasher.flow(&slots[slot as usize].entry.as_ref().expect("indexed slots are in use").0)
+        });
+        id
+    }
+
+    /// The flow with this id, if it still lives.
+    pub(crate) fn get_mut(&mut self, id: FlowId) -> Option<&mut F> {
+        let slot = self.slots.get_mut(id.slot() as usize)?;
+        if slot.generation != id.generation() || id.shard() != self.shard {
+            return None;
+        }
+        slot.entry.as_mut().map(|(_, flow)| flow)
+    }
+
+    /// Takes the flow with this id out; the id names nothing from then on.
+    pub(crate) fn remove(&mut self, id: FlowId) -> Option<F> {
+        self.get_mut(id)?;
+        let slot = &mut self.slots[id.slot() as usize];
+        let (key, flow) = slot.entry.take().expect("just found");
+        // 24 bits of generation: a slot may be used 16 million times before an id comes again.
+        slot.generation = (slot.generation + 1) & 0x00ff_ffff;
+        self.free.push(id.slot());
+        let entry = self
+            .by_key
+            .find_entry(self.hasher.flow(&key), |&slot| slot == id.slot())
+            .expect("every flow in the slab is indexed");
+        entry.remove();
+        Some(flow)
+    }
+
+    /// How many flows there are.
+    pub(crate) fn len(&self) -> usize {
+        self.by_key.len()
+    }
+
+    /// The ids of all flows by slot: for changes of policy, not for packets.
+    pub(crate) fn ids(&self) -> Vec<FlowId> {
+        let of = |(slot, place): (usize, &Slot<F>)| {
+            place.entry.is_some().then(|| FlowId::new(self.shard, place.generation, slot as u32))
+        };
+        self.slots.iter().enumerate().filter_map(of).collect()
+    }
+
+    fn key_at(&self, slot: u32) -> &FlowKey {
+        &self.slots[slot as usize].entry.as_ref().expect("indexed slots are in use").0
+    }
+}
+
+/// How many flows each client has, for the limit per client.
+pub(crate) struct ClientCounts {
+    hasher: KeyHasher,
+    counts: HashTable<(IngressId, IpAddr, u32)>,
+}
+
+impl ClientCounts {
+    pub(crate) fn new(hasher: KeyHasher) -> Self {
+        Self { hasher, counts: HashTable::new() }
+    }
+
+    pub(crate) fn of(&self, ingress: IngressId, client: IpAddr) -> u32 {
+        let hash = self.hasher.client(ingress, client);
+        self.counts.find(hash, |entry| (entry.0, entry.1) == (ingress, client)).map_or(0, |entry| entry.2)
+    }
+
+    pub(crate) fn add(&mut self, ingress: IngressId, client: IpAddr) {
+        let Self { hasher, counts } = self;
+        let hash = hasher.client(ingress, client);
+        match counts.find_mut(hash, |entry| (entry.0, entry.1) == (ingress, client)) {
+            Some(entry) => entry.2 += 1,
+            None => {
+                counts.insert_unique(hash, (ingress, client, 1), |entry| hasher.client(entry.0, entry.1));
+            }
+        }
+    }
+
+    pub(crate) fn subtract(&mut self, ingress: IngressId, client: IpAddr) {
+        let hash = self.hasher.client(ingress, client);
+        if let Ok(mut entry) = self.counts.find_entry(hash, |entry| (entry.0, entry.1) == (ingress, client)) {
+            entry.get_mut().2 -= 1;
+            if entry.get().2 == 0 {
+                entry.remove();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(port: u16) -> FlowKey {
+        FlowKey::Tcp {
+            ingress: IngressId(0),
+            client: SocketAddr::from(([10, 0, 0, 2], port)),
+            target: SocketAddr::from(([192, 0, 2, 1], 80)),
+        }
+    }
+
+    fn table() -> FlowTable<u16> {
+        FlowTable::new(ShardId(3), KeyHasher::new((1, 2)))
+    }
+
+    #[test]
+    fn an_id_names_nothing_after_its_flow_is_gone() {
+        let mut table = table();
+        let first = table.insert(key(1), 1);
+        assert_eq!(table.remove(first), Some(1));
+        let second = table.insert(key(2), 2);
+        assert_eq!(first.slot(), second.slot(), "the slot is used again");
+        assert_eq!(table.get_mut(first), None);
+        assert_eq!(table.get_mut(second), Some(&mut 2));
+    }
+
+    #[test]
+    fn flows_are_found_by_key_through_growth_and_removal() {
+        let mut table = table();
+        let ids: Vec<_> = (0..5000).map(|port| table.insert(key(port), port)).collect();
+        for id in ids.iter().step_by(2) {
+            table.remove(*id);
+        }
+        for (port, id) in ids.iter().enumerate() {
+            let expected = (port % 2 == 1).then_some(*id);
+            assert_eq!(table.find(&key(port as u16)), expected);
+        }
+        assert_eq!(table.len(), 2500);
+        assert_eq!(table.ids().len(), 2500);
+    }
+
+    #[test]
+    fn an_id_of_another_shard_is_no_ones() {
+        let mut table = table();
+        let id = table.insert(key(1), 1);
+        assert_eq!(table.get_mut(FlowId::new(ShardId(4), id.generation(), id.slot())), None);
+    }
+
+    #[test]
+    fn a_client_without_flows_takes_no_room() {
+        let mut counts = ClientCounts::new(KeyHasher::new((1, 2)));
+        let client = IpAddr::from([10, 0, 0, 2]);
+        counts.add(IngressId(0), client);
+        counts.add(IngressId(0), client);
+        counts.add(IngressId(1), client);
+        assert_eq!(counts.of(IngressId(0), client), 2);
+        assert_eq!(counts.of(IngressId(1), client), 1);
+        counts.subtract(IngressId(0), client);
+        counts.subtract(IngressId(0), client);
+        counts.subtract(IngressId(1), client);
+        assert_eq!(counts.counts.len(), 0);
+    }
+}
