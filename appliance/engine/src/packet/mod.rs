@@ -1,10 +1,12 @@
 //! Packets: parsed once into checked views, and built.
 
+mod build;
 pub mod checksum;
 mod offload;
 mod transport;
 mod view;
 
+pub use build::{Datagram, HOP_LIMIT, Reset};
 pub use offload::{complete_checksum, segments};
 pub use transport::{Echo, IcmpMessage, IcmpView, TcpFlags, TcpOptions, TcpView, Transport, UdpView};
 pub use view::{FragmentView, PacketView, QuotedPacket};

@@ -6,6 +6,8 @@ use crate::io::PacketOut;
 
 /// Offset of the checksum field in a TCP header.
 pub(super) const TCP_CHECKSUM: u16 = 16;
+/// Offset of the checksum field in a UDP header.
+pub(super) const UDP_CHECKSUM: u16 = 6;
 
 /// Finishes a checksum that the engine left to the device; other packets stay as they are.
 ///
@@ -127,6 +129,7 @@ fn finish(transport: &mut [u8], field: usize) {
     put(transport, field, &checksum.to_be_bytes());
 }
 
-fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
+/// Writes `value` at `at`.
+pub(super) fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
     bytes[at..at + value.len()].copy_from_slice(value);
 }

@@ -292,6 +292,19 @@ impl<'a> PacketView<'a> {
         }
     }
 
+    /// Whether an ICMP error may answer it (RFC 1122, section 3.2.2; RFC 4443, section 2.4 (e)): not if it is an
+    /// ICMP error or redirect itself, not the first fragment, or not from one host to one host.
+    pub fn may_cause_error(&self) -> bool {
+        let first = self.walk.fragment.is_none_or(|fragment| fragment.offset == 0);
+        let kind = self.bytes.get(self.transport_offset());
+        let error = match (self.walk.protocol, self.is_ipv6()) {
+            (Some(1), false) => matches!(kind, None | Some(3 | 4 | 5 | 11 | 12)),
+            (Some(58), true) => matches!(kind, None | Some(0..128 | 137)),
+            _ => false,
+        };
+        first && !error && self.address_check().is_none()
+    }
+
     /// The destination that transport checksums cover: under an IPv6 routing header with segments left, the last
     /// address of its list (RFC 8200, section 8.1).
     pub fn final_destination(&self) -> IpAddr {
