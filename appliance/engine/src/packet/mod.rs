@@ -1,20 +1,12 @@
 //! Packets: parsed once into checked views, and built.
 
+mod build;
+pub mod checksum;
+mod offload;
 mod transport;
 mod view;
 
+pub use build::{Datagram, HOP_LIMIT, Reset};
+pub use offload::{complete_checksum, segments};
 pub use transport::{Echo, IcmpMessage, IcmpView, TcpFlags, TcpOptions, TcpView, Transport, UdpView};
 pub use view::{FragmentView, PacketView, QuotedPacket};
-
-use crate::io::PacketOut;
-
-/// Finishes a checksum that the engine left to the device.
-pub fn complete_checksum(packet: &mut [u8], out: &PacketOut) {
-    let _ = (packet, out);
-}
-
-/// Cuts a super-packet into the packets that go on the wire.
-pub fn segments(packet: &[u8], out: &PacketOut, mut each: impl FnMut(&[u8])) {
-    let _ = out;
-    each(packet);
-}

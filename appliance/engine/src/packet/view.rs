@@ -9,12 +9,13 @@
 //! Lists are judged between [`PacketView::parse`] and [`PacketView::transport`], so that a packet which lists
 //! drop needs no sound transport header.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv6Addr};
 
 use etherparse::{
     Ipv4HeaderSlice, Ipv6FragmentHeaderSlice, Ipv6HeaderSlice, Ipv6RawExtHeaderSlice, ip_number,
 };
 
+use super::checksum::{add, pseudo_header, sum};
 use super::transport::{IcmpView, TcpView, Transport, UdpView};
 use crate::event::DropReason;
 
@@ -238,6 +239,70 @@ impl<'a> PacketView<'a> {
             (Some(58), true) => IcmpView::parse_v6(bytes).map(Transport::Icmp),
             _ => Err(DropReason::UnsupportedProtocol),
         }
+    }
+
+    /// Verifies the IPv4 header checksum.
+    ///
+    /// # Errors
+    ///
+    /// [`DropReason::IpChecksum`]; never for IPv6, which has none.
+    pub fn verify_ip_checksum(&self) -> Result<(), DropReason> {
+        if self.is_ipv6() || sum(&self.bytes[..usize::from(self.bytes[0] & 0xf) * 4]) == 0xffff {
+            Ok(())
+        } else {
+            Err(DropReason::IpChecksum)
+        }
+    }
+
+    /// Verifies the checksum of `transport`, which [`PacketView::transport`] read from this packet. A UDP datagram
+    /// over IPv4 may go without.
+    ///
+    /// # Errors
+    ///
+    /// The protocol's checksum reason.
+    pub fn verify_transport_checksum(&self, transport: &Transport<'_>) -> Result<(), DropReason> {
+        let bytes = &self.bytes[self.transport_offset()..];
+        let pseudo = |protocol, len| pseudo_header(self.source, self.final_destination(), protocol, len);
+        let (covered, pseudo, reason) = match transport {
+            Transport::Tcp(_) => (bytes, pseudo(6, bytes.len()), DropReason::TcpChecksum),
+            Transport::Udp(udp) => {
+                if udp.checksum == 0 {
+                    return if self.is_ipv6() {
+                        Err(DropReason::UdpChecksum)
+                    } else {
+                        Ok(())
+                    };
+                }
+                let len = 8 + udp.payload.len();
+                (&bytes[..len], pseudo(17, len), DropReason::UdpChecksum)
+            }
+            Transport::Icmp(_) => {
+                let pseudo = if self.is_ipv6() {
+                    pseudo(58, bytes.len())
+                } else {
+                    0
+                };
+                (bytes, pseudo, DropReason::IcmpChecksum)
+            }
+        };
+        if add(sum(covered), pseudo) == 0xffff {
+            Ok(())
+        } else {
+            Err(reason)
+        }
+    }
+
+    /// Whether an ICMP error may answer it (RFC 1122, section 3.2.2; RFC 4443, section 2.4 (e)): not if it is an
+    /// ICMP error or redirect itself, not the first fragment, or not from one host to one host.
+    pub fn may_cause_error(&self) -> bool {
+        let first = self.walk.fragment.is_none_or(|fragment| fragment.offset == 0);
+        let kind = self.bytes.get(self.transport_offset());
+        let error = match (self.walk.protocol, self.is_ipv6()) {
+            (Some(1), false) => matches!(kind, None | Some(3 | 4 | 5 | 11 | 12)),
+            (Some(58), true) => matches!(kind, None | Some(0..128 | 137)),
+            _ => false,
+        };
+        first && !error && self.address_check().is_none()
     }
 
     /// The destination that transport checksums cover: under an IPv6 routing header with segments left, the last
