@@ -21,7 +21,11 @@ pub(crate) enum Inspection {
     /// Let them pass and go on looking.
     Pass,
     /// Lend these bytes first, then let everything pass and ask no more.
-    Done { before: Vec<u8> },
+    Done {
+        before: Vec<u8>,
+        /// What the client calls the server, if that has become known.
+        name: Option<String>,
+    },
 }
 
 /// One flow's relay stage, from the client to the upstream.
@@ -33,6 +37,7 @@ pub(crate) struct Relay {
     /// Bytes at the head of the client's buffer that have passed inspection and are still to be taken.
     passed: usize,
     given: u64,
+    name: Option<String>,
 }
 
 impl Relay {
@@ -51,6 +56,11 @@ impl Relay {
         !self.before.is_empty()
     }
 
+    /// Takes the server's name, once it is known.
+    pub(crate) fn take_name(&mut self) -> Option<String> {
+        self.name.take()
+    }
+
     /// Lends what may pass of `bytes`, the client's bytes that wait. Returns how many of `bytes` are done with, and how
     /// many bytes the upstream took.
     pub(crate) fn lend(&mut self, bytes: &[u8], is_last: bool, take: impl FnOnce(&[u8]) -> usize) -> (usize, usize) {
@@ -60,8 +70,9 @@ impl Relay {
             match inspector.inspect(&bytes[self.passed..], is_last) {
                 Inspection::Hold if !is_last => {}
                 Inspection::Hold | Inspection::Pass => self.passed = bytes.len(),
-                Inspection::Done { before } => {
+                Inspection::Done { before, name } => {
                     self.before = before;
+                    self.name = name;
                     self.inspector = None;
                 }
             }
@@ -84,7 +95,20 @@ impl Relay {
 }
 
 /// Finds the server's name in a client's first bytes; holds nothing back.
-pub(crate) struct NameWatcher {
-    sniffer: Sniffer,
-    found: std::sync::mpsc::Sender<String>,
+pub(crate) struct NameWatcher(Sniffer);
+
+impl NameWatcher {
+    pub(crate) fn new() -> Self {
+        Self(Sniffer::new())
+    }
+}
+
+impl Inspector for NameWatcher {
+    fn inspect(&mut self, bytes: &[u8], _is_last: bool) -> Inspection {
+        match self.0.push(bytes) {
+            Sniffed::More => Inspection::Pass,
+            Sniffed::Name(name) => Inspection::Done { before: Vec::new(), name: Some(name) },
+            Sniffed::Nothing => Inspection::Done { before: Vec::new(), name: None },
+        }
+    }
 }
