@@ -53,7 +53,7 @@ pub fn pseudo_header(source: IpAddr, destination: IpAddr, protocol: u8, len: usi
 }
 
 /// The part of [`pseudo_header`] that is not addresses.
-pub(super) fn pseudo_len(protocol: u8, len: usize) -> u16 {
+pub(crate) fn pseudo_len(protocol: u8, len: usize) -> u16 {
     fold(len as u64 + u64::from(protocol))
 }
 
