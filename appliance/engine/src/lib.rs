@@ -11,6 +11,7 @@ pub mod event;
 pub mod io;
 pub mod packet;
 pub mod policy;
+pub mod shard;
 pub mod time;
 
 pub use addr::{FlowId, IngressId, Protocol, ShardId};
