@@ -8,6 +8,7 @@ pub mod addr;
 pub mod config;
 mod engine;
 pub mod event;
+mod hash;
 pub mod io;
 pub mod packet;
 pub mod policy;

@@ -11,6 +11,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use crate::addr::ShardId;
+use crate::hash::mix;
 use crate::packet::{PacketView, QuotedPacket};
 
 /// The shard, of `shards`, that owns a packet from a client.
@@ -61,14 +62,6 @@ fn endpoint(address: IpAddr, port: u16) -> u64 {
 /// The same for `a` and `b` in either order.
 fn pair(a: u64, b: u64) -> u64 {
     mix(a.wrapping_add(b))
-}
-
-/// The finalizer of SplitMix64: each bit of the input changes half the bits of the output.
-const fn mix(value: u64) -> u64 {
-    let value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let value = (value ^ value >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let value = (value ^ value >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    value ^ value >> 31
 }
 
 fn among(hash: u64, shards: u8) -> ShardId {
