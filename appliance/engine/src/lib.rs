@@ -8,9 +8,11 @@ pub mod addr;
 pub mod config;
 mod engine;
 pub mod event;
+mod hash;
 pub mod io;
 pub mod packet;
 pub mod policy;
+pub mod shard;
 pub mod time;
 
 pub use addr::{FlowId, IngressId, Protocol, ShardId};

@@ -16,7 +16,7 @@ use etherparse::{
 };
 
 use super::checksum::{add, pseudo_header, sum};
-use super::transport::{IcmpView, TcpView, Transport, UdpView};
+use super::transport::{IcmpMessage, IcmpView, TcpView, Transport, UdpView};
 use crate::event::DropReason;
 
 /// Extension headers that are walked; a packet with more is not understood.
@@ -168,6 +168,27 @@ impl<'a> PacketView<'a> {
     /// The destination port, for lists; `None` where there is none, or it lies in another fragment.
     pub fn port(&self) -> Option<u16> {
         self.walk.port
+    }
+
+    /// Source and destination port of a TCP or UDP packet, before its header has been checked; `None` where there
+    /// are none, and for every fragment.
+    pub fn ports(&self) -> Option<(u16, u16)> {
+        if self.walk.fragment.is_some() || !matches!(self.walk.protocol, Some(6 | 17)) {
+            return None;
+        }
+        let &[a, b, c, d] = self.bytes[self.transport_offset()..].first_chunk()?;
+        Some((word([a, b]), word([c, d])))
+    }
+
+    /// The packet that an ICMP error quotes; `None` for other packets.
+    pub fn quoted(&self) -> Option<QuotedPacket> {
+        match self.transport() {
+            Ok(Transport::Icmp(IcmpView {
+                message: IcmpMessage::Error { quoted, .. },
+                ..
+            })) => quoted,
+            Ok(_) | Err(_) => None,
+        }
     }
 
     /// Where the transport header begins, in bytes.
