@@ -8,6 +8,15 @@ use siphasher::sip::SipHasher13;
 
 use crate::addr::{FlowId, IngressId, ShardId};
 use crate::policy::EgressId;
+use crate::session::Session;
+use crate::tcp::TcpFlow;
+
+/// Anything the flow table holds.
+#[allow(clippy::large_enum_variant)] // most flows are TCP, and their stacks are boxed already
+pub(crate) enum Flow {
+    Tcp(TcpFlow),
+    Session(Session),
+}
 
 /// What tells one flow from another. VLAN tags are no part of it: some paths tag one direction only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

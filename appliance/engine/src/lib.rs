@@ -12,8 +12,12 @@ mod hash;
 pub mod io;
 pub mod packet;
 pub mod policy;
+mod relay;
+mod session;
 pub mod shard;
+mod tcp;
 pub mod time;
+mod timers;
 
 pub use addr::{FlowId, IngressId, Protocol, ShardId};
 pub use config::Config;

@@ -19,7 +19,7 @@ use std::time::Duration;
 use crate::addr::{FlowId, IngressId, Protocol};
 use crate::config::{Config, Filtering};
 use crate::event::DropReason;
-use crate::flow::Route;
+use crate::flow::{Flow, FlowTable, Route};
 use crate::io::{IcmpError, World};
 use crate::packet::{Datagram, Echo};
 use crate::policy::RuleRef;
@@ -49,14 +49,14 @@ pub(crate) struct Session {
     /// Addresses sent to, where the filter asks.
     contacts: VecDeque<IpAddr>,
     /// Neighbours in the order of use, kept by [`Recency`].
-    pub(crate) links: Links,
+    links: Links,
 }
 
 /// A session's place in the order of use.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Links {
-    pub(crate) newer: Option<FlowId>,
-    pub(crate) older: Option<FlowId>,
+struct Links {
+    newer: Option<FlowId>,
+    older: Option<FlowId>,
 }
 
 impl Session {
@@ -171,10 +171,62 @@ impl ErrorReport<'_> {
     }
 }
 
-/// The ends of the list of sessions in the order of use.
+/// The order in which sessions were used last: a doubly linked list through the flow table.
 #[derive(Debug, Default)]
 pub(crate) struct Recency {
-    pub(crate) newest: Option<FlowId>,
-    pub(crate) oldest: Option<FlowId>,
-    pub(crate) len: usize,
+    newest: Option<FlowId>,
+    oldest: Option<FlowId>,
+    len: usize,
+}
+
+impl Recency {
+    /// How many sessions there are.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The session that has not been used for longest.
+    pub(crate) fn oldest(&self) -> Option<FlowId> {
+        self.oldest
+    }
+
+    /// Takes in a session that has just been made.
+    pub(crate) fn insert(&mut self, flows: &mut FlowTable<Flow>, id: FlowId) {
+        let older = self.newest.replace(id);
+        links(flows, id).older = older;
+        match older {
+            Some(older) => links(flows, older).newer = Some(id),
+            None => self.oldest = Some(id),
+        }
+        self.len += 1;
+    }
+
+    /// Takes out a session that is about to go.
+    pub(crate) fn remove(&mut self, flows: &mut FlowTable<Flow>, id: FlowId) {
+        let Links { newer, older } = std::mem::take(links(flows, id));
+        match newer {
+            Some(newer) => links(flows, newer).older = older,
+            None => self.newest = older,
+        }
+        match older {
+            Some(older) => links(flows, older).newer = newer,
+            None => self.oldest = newer,
+        }
+        self.len -= 1;
+    }
+
+    /// Notes that a session was used.
+    pub(crate) fn touch(&mut self, flows: &mut FlowTable<Flow>, id: FlowId) {
+        if self.newest != Some(id) {
+            self.remove(flows, id);
+            self.insert(flows, id);
+        }
+    }
+}
+
+fn links(flows: &mut FlowTable<Flow>, id: FlowId) -> &mut Links {
+    match flows.get_mut(id) {
+        Some(Flow::Session(session)) => &mut session.links,
+        Some(Flow::Tcp(_)) | None => unreachable!("the list holds living sessions only"),
+    }
 }
