@@ -1,1 +1,3 @@
 //! Replays captures through the engine on virtual time.
+
+pub mod capture;
