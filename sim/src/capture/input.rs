@@ -143,6 +143,11 @@ impl Input {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn buffer_bytes(&self) -> usize {
+        self.buffer.len()
+    }
+
     /// Bytes of the underlying source that have been got through.
     pub(super) fn position(&self) -> u64 {
         match &self.source {

@@ -387,3 +387,279 @@ impl fmt::Display for Unreadable {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MACS: [u8; 12] = [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];
+    /// Stands for an IP packet: the walk must not look further than the first nibble.
+    const IP: [u8; 6] = [0x45, 1, 2, 3, 4, 5];
+
+    fn frame(parts: &[&[u8]]) -> Vec<u8> {
+        parts.concat()
+    }
+
+    /// Asserts that the IP packet is what follows `header`, and that no shorter part of the header will do.
+    fn assert_ip_follows(link_type: LinkType, header: &[&[u8]]) {
+        let header = frame(header);
+        let whole = frame(&[&header, &IP]);
+        assert_eq!(
+            ip_of(link_type, &whole),
+            LinkView::Ip(header.len()..whole.len()),
+            "{link_type} {header:02x?}"
+        );
+        for cut in 0..header.len() {
+            let cut_view = ip_of(link_type, &header[..cut]);
+            assert_eq!(
+                cut_view,
+                LinkView::Unreadable(Unreadable::HeaderCut),
+                "{link_type} {:02x?}",
+                &header[..cut]
+            );
+        }
+    }
+
+    fn assert_not_ip(link_type: LinkType, parts: &[&[u8]], payload: Payload, name: &str) {
+        assert_eq!(ip_of(link_type, &frame(parts)), LinkView::NotIp(payload));
+        assert_eq!(payload.to_string(), name);
+    }
+
+    #[test]
+    fn ethernet_carries_ip_of_both_versions() {
+        assert_ip_follows(LinkType::ETHERNET, &[&MACS, &[0x08, 0x00]]);
+        assert_ip_follows(LinkType::ETHERNET, &[&MACS, &[0x86, 0xdd]]);
+    }
+
+    #[test]
+    fn vlan_tags_of_any_kind_are_passed_over_up_to_eight() {
+        let customer = [0x81, 0, 0, 5];
+        let service = [0x88, 0xa8, 0x20, 6];
+        let old = [0x91, 0, 0, 7];
+        assert_ip_follows(LinkType::ETHERNET, &[&MACS, &customer, &[0x08, 0x00]]);
+        assert_ip_follows(
+            LinkType::ETHERNET,
+            &[&MACS, &service, &old, &customer, &[0x86, 0xdd]],
+        );
+        assert_ip_follows(LinkType::ETHERNET, &[&MACS, &customer.repeat(8), &[0x08, 0x00]]);
+        let nine = frame(&[&MACS, &customer.repeat(9), &[0x08, 0x00], &IP]);
+        assert_eq!(
+            ip_of(LinkType::ETHERNET, &nine),
+            LinkView::Unreadable(Unreadable::TooManyTags)
+        );
+    }
+
+    #[test]
+    fn other_ethernet_payloads_are_named() {
+        for (ether_type, name) in [
+            (0x0806_u16, "ARP"),
+            (0x88cc, "LLDP"),
+            (0x888e, "EAPOL"),
+            (0x8863, "PPPoE discovery"),
+            (0x88a2, "EtherType 0x88a2"),
+        ] {
+            let payload = Payload::EtherType(ether_type);
+            assert_not_ip(
+                LinkType::ETHERNET,
+                &[&MACS, &ether_type.to_be_bytes(), &IP],
+                payload,
+                name,
+            );
+        }
+    }
+
+    #[test]
+    fn ip_in_llc_and_snap_ends_where_the_802_3_length_says() {
+        let snap = [0xaa, 0xaa, 3, 0, 0, 0, 0x08, 0x00];
+        for (llc, tag) in [(&snap[..], &[][..]), (&[6, 6, 3], &[]), (&snap, &[0x81, 0, 0, 9])] {
+            let length = [0, (llc.len() + IP.len()) as u8];
+            let padded = frame(&[&MACS, tag, &length, llc, &IP, &[0; 20]]);
+            let start = 14 + tag.len() + llc.len();
+            assert_eq!(
+                ip_of(LinkType::ETHERNET, &padded),
+                LinkView::Ip(start..start + IP.len())
+            );
+        }
+    }
+
+    #[test]
+    fn llc_without_ip_is_named() {
+        assert_not_ip(
+            LinkType::ETHERNET,
+            &[&MACS, &[0, 38, 0x42, 0x42, 3], &[0; 43]],
+            Payload::Llc(0x42),
+            "STP",
+        );
+        assert_not_ip(
+            LinkType::ETHERNET,
+            &[&MACS, &[5, 0xdc, 0xfe, 0xfe, 3]],
+            Payload::Llc(0xfe),
+            "ISO routing",
+        );
+        let cdp = [0, 20, 0xaa, 0xaa, 3, 0, 0, 0x0c, 0x20, 0];
+        assert_not_ip(
+            LinkType::ETHERNET,
+            &[&MACS, &cdp, &IP],
+            Payload::Llc(0xaa),
+            "LLC 0xaa",
+        );
+    }
+
+    #[test]
+    fn pppoe_data_ends_where_its_length_says() {
+        let session = |length: u8| [0x88, 0x64, 0x11, 0, 0, 1, 0, length, 0, 0x21];
+        let view = |length| {
+            ip_of(
+                LinkType::ETHERNET,
+                &frame(&[&MACS, &session(length), &IP, &[0; 9]]),
+            )
+        };
+        assert_eq!(view(2 + 6), LinkView::Ip(22..28));
+        // Shorter than the IP packet: the rest is not part of it, whatever its header says.
+        assert_eq!(view(2 + 4), LinkView::Ip(22..26));
+        assert_eq!(view(2), LinkView::Ip(22..22));
+        assert_eq!(view(1), LinkView::Unreadable(Unreadable::HeaderCut));
+        // Longer than the frame.
+        assert_eq!(view(255), LinkView::Ip(22..37));
+    }
+
+    #[test]
+    fn pppoe_is_read_behind_tags_and_as_a_link_type_of_its_own() {
+        let session = [0x11, 0, 0, 1, 0, 8, 0, 0x57];
+        assert_ip_follows(
+            LinkType::ETHERNET,
+            &[&MACS, &[0x91, 0, 0, 1, 0x81, 0, 0, 2, 0x88, 0x64], &session],
+        );
+        assert_ip_follows(LinkType::PPP_ETHER, &[&session]);
+        let lcp = [0x11, 0, 0, 1, 0, 4, 0xc0, 0x21, 9, 0];
+        assert_not_ip(LinkType::PPP_ETHER, &[&lcp], Payload::Ppp(0xc021), "PPP LCP");
+        let offer = [0x11, 7, 0, 0, 0, 0];
+        assert_not_ip(
+            LinkType::PPP_ETHER,
+            &[&offer],
+            Payload::PppoeCode(7),
+            "PPPoE code 0x07",
+        );
+    }
+
+    #[test]
+    fn ppp_is_read_with_every_part_of_its_header_compressed_or_not() {
+        for link_type in [LinkType::PPP, LinkType::PPP_HDLC] {
+            assert_ip_follows(link_type, &[&[0, 0x57]]);
+            assert_ip_follows(link_type, &[&[0x21]]);
+            for protocol in [&[0, 0x21][..], &[0x21]] {
+                let header = frame(&[&[0xff, 3], protocol]);
+                let whole = frame(&[&header, &IP]);
+                assert_eq!(ip_of(link_type, &whole), LinkView::Ip(header.len()..whole.len()));
+            }
+            let compressed = Payload::Ppp(0x2d);
+            assert_not_ip(
+                link_type,
+                &[&[0xff, 3, 0x2d], &IP],
+                compressed,
+                "PPP with compressed TCP headers",
+            );
+        }
+    }
+
+    #[test]
+    fn cisco_hdlc_is_read_by_its_own_link_type_and_as_ppp_hdlc() {
+        for address in [0x0f, 0x8f] {
+            assert_ip_follows(LinkType::C_HDLC, &[&[address, 0, 0x08, 0]]);
+            assert_ip_follows(LinkType::PPP_HDLC, &[&[address, 0, 0x86, 0xdd]]);
+        }
+        assert_not_ip(
+            LinkType::C_HDLC,
+            &[&[0x8f, 0, 0x80, 0x35], &IP],
+            Payload::EtherType(0x8035),
+            "RARP",
+        );
+    }
+
+    #[test]
+    fn mpls_labels_are_passed_over_up_to_sixteen() {
+        let (label, bottom) = ([0, 1, 0x20, 64], [0, 1, 0x21, 64]);
+        for labels in [0, 1, 15] {
+            let header = frame(&[&MACS, &[0x88, 0x47], &label.repeat(labels), &bottom]);
+            assert_ip_follows(LinkType::ETHERNET, &[&header]);
+        }
+        let seventeen = frame(&[&MACS, &[0x88, 0x48], &label.repeat(16), &bottom, &IP]);
+        assert_eq!(
+            ip_of(LinkType::ETHERNET, &seventeen),
+            LinkView::Unreadable(Unreadable::TooManyTags)
+        );
+        assert_not_ip(
+            LinkType::ETHERNET,
+            &[&MACS, &[0x88, 0x47], &bottom, &[0x10; 8]],
+            Payload::Mpls,
+            "MPLS without IP",
+        );
+    }
+
+    #[test]
+    fn ethernet_in_an_mpls_pseudowire_is_looked_into_once() {
+        let pseudowire = frame(&[&MACS, &[0x88, 0x47, 0, 1, 0x21, 64, 0, 0, 0, 0]]);
+        let inner = frame(&[&pseudowire, &MACS, &[0x81, 0, 0, 1, 0x08, 0]]);
+        let whole = frame(&[&inner, &IP]);
+        assert_eq!(
+            ip_of(LinkType::ETHERNET, &whole),
+            LinkView::Ip(inner.len()..whole.len())
+        );
+        let twice = frame(&[&pseudowire, &pseudowire, &MACS, &[0x08, 0], &IP]);
+        assert_eq!(ip_of(LinkType::ETHERNET, &twice), LinkView::NotIp(Payload::Mpls));
+        let arp = frame(&[&pseudowire, &MACS, &[0x08, 6], &IP]);
+        assert_eq!(ip_of(LinkType::ETHERNET, &arp), LinkView::NotIp(Payload::Mpls));
+    }
+
+    #[test]
+    fn loopback_families_of_all_systems_are_read_in_both_byte_orders() {
+        for family in [2_u32, 10, 24, 28, 30] {
+            for link_type in [LinkType::NULL, LinkType::LOOP] {
+                assert_ip_follows(link_type, &[&family.to_le_bytes()]);
+                assert_ip_follows(link_type, &[&family.to_be_bytes()]);
+            }
+        }
+        assert_not_ip(
+            LinkType::NULL,
+            &[&[0, 0, 0, 7], &IP],
+            Payload::AddressFamily(7),
+            "address family 7",
+        );
+    }
+
+    #[test]
+    fn linux_cooked_captures_are_read_in_both_versions() {
+        let first = [0, 0, 0, 1, 0, 6, 2, 0, 0, 0, 0, 1, 0, 0, 0x08, 0x00];
+        let second = [0x86, 0xdd, 0, 0, 0, 0, 0, 2, 0, 1, 0, 6, 2, 0, 0, 0, 0, 1, 0, 0];
+        assert_ip_follows(LinkType::LINUX_SLL, &[&first]);
+        assert_ip_follows(LinkType::LINUX_SLL2, &[&second]);
+        assert_ip_follows(LinkType::LINUX_SLL, &[&first[..14], &[0x81, 0, 0, 3, 0x08, 0]]);
+        assert_not_ip(
+            LinkType::LINUX_SLL,
+            &[&first[..14], &[8, 6], &IP],
+            Payload::EtherType(0x0806),
+            "ARP",
+        );
+        assert_not_ip(
+            LinkType::LINUX_SLL,
+            &[&first[..14], &[0, 4, 0x42, 0x42, 3]],
+            Payload::Llc(0x42),
+            "STP",
+        );
+    }
+
+    #[test]
+    fn raw_link_types_are_ip_from_the_first_byte() {
+        for link_type in [12, 14, 101, 228, 229].map(LinkType) {
+            assert_eq!(ip_of(link_type, &IP), LinkView::Ip(0..6));
+        }
+    }
+
+    #[test]
+    fn an_unknown_link_type_is_unreadable_and_named() {
+        let view = ip_of(LinkType(127), &IP);
+        assert_eq!(view, LinkView::Unreadable(Unreadable::LinkType(LinkType(127))));
+        let name = Unreadable::LinkType(LinkType(127)).to_string();
+        assert_eq!(name, "unknown link type: IEEE 802.11 radiotap");
+    }
+}

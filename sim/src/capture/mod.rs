@@ -1,11 +1,11 @@
-//! Reads packet captures as streams.
+//! Reads and writes packet captures as streams.
 //!
 //! [`Capture`] reads classic pcap (microseconds, nanoseconds, and the modified variant with longer record headers),
 //! and pcapng, in either byte order, plain or inside gzip. The first bytes decide which, never the name. It goes
 //! through the source once, from any [`Read`], and holds one record or block at a time, so a capture may be larger
 //! than memory or come from a pipe. Records are lent from one buffer: reading allocates nothing per packet.
 //!
-//! [`link::ip_of`] finds the IP packet inside a captured frame.
+//! [`link::ip_of`] finds the IP packet inside a captured frame. [`PcapngWriter`] writes packets with comments.
 //!
 //! # What is kept of a damaged capture
 //!
@@ -19,6 +19,9 @@ mod input;
 pub mod link;
 mod pcap;
 mod pcapng;
+#[cfg(test)]
+mod tests;
+mod writer;
 
 use std::fmt;
 use std::fs::File;
@@ -29,6 +32,7 @@ use self::error::Opening;
 pub use self::error::{Damage, OpenError};
 use self::input::Input;
 pub use self::link::{LinkType, LinkView};
+pub use self::writer::{PcapWriter, PcapngWriter};
 
 /// Most bytes one packet may have in a capture: 262,144.
 ///

@@ -328,10 +328,10 @@ impl Tick {
         match (value & 0x80 != 0, value & 0x7f) {
             (true, exponent) => Self::PowerOfTwo(exponent),
             (false, exponent @ 0..=9) => Self::Nanos(10u64.pow(9 - u32::from(exponent))),
-            // With more than 28 digits all times a 64-bit count can tell are within the first nanosecond.
-            (false, exponent) => {
-                Self::PerNano(10u64.checked_pow(u32::from(exponent) - 9).unwrap_or(u64::MAX))
-            }
+            // With more than 28 digits, all a 64-bit count can tell lies within the first nanosecond.
+            (false, exponent) => 10_u64
+                .checked_pow(u32::from(exponent) - 9)
+                .map_or(Self::Nanos(0), Self::PerNano),
         }
     }
 
