@@ -96,8 +96,6 @@ const UNSUPPORTED: &[(&[u8], &str, &str)] = &[
     (b"RTSS", "a Microsoft Network Monitor 1 capture", CONVERT),
     (b"TRSNIFF data    \x1a", "a Sniffer capture", CONVERT),
     (b"XCP\0", "a NetXray or Windows Sniffer capture", CONVERT),
-    (b"\xa1\xb2\x34\xcd", "a Nokia pcap", CONVERT),
-    (b"\xcd\x34\xb2\xa1", "a Nokia pcap", CONVERT),
     (b"\x1c\x00\x01\xac", "an Ixia pcap", CONVERT),
     (b"\xac\x01\x00\x1c", "an Ixia pcap", CONVERT),
     (b"\x1c\x00\x01\xab", "an Ixia pcap", CONVERT),

@@ -101,6 +101,9 @@ impl Reader {
 fn cut(input: &Input, part: &str, record_bytes: usize) -> String {
     let (at, got) = (input.offset(), input.available().len());
     let cause = input.end_in_words();
+    if got == 0 {
+        return format!("{cause} at byte {at}, behind a whole record");
+    }
     format!("{cause} in the {part} of the record at byte {at}: {got} of {record_bytes} bytes are there")
 }
 

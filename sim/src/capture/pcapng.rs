@@ -352,6 +352,9 @@ impl Tick {
 fn cut(input: &Input, block_bytes: u32) -> String {
     let (at, got) = (input.offset(), input.available().len());
     let cause = input.end_in_words();
+    if got == 0 {
+        return format!("{cause} at byte {at}, behind a whole block");
+    }
     format!("{cause} in the block at byte {at}: {got} of {block_bytes} bytes are there")
 }
 

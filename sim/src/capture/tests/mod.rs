@@ -361,6 +361,21 @@ fn a_wrong_gzip_checksum_is_damage_after_the_last_packet() {
 }
 
 #[test]
+fn what_follows_a_gzip_stream_is_damage_after_the_last_packet() {
+    let mut file = File::pcap(ByteOrder::Little, MICROSECONDS, 1);
+    file.record(1, 0, b"packet", 6);
+    for tail in [&[0; 8][..], b"something else"] {
+        let (packets, damage) = read_all(open_bytes([&gzip(&file.bytes), tail].concat()).unwrap());
+        assert_eq!(packets.len(), 1);
+        let damage = damage.unwrap();
+        assert!(
+            damage.what.contains("gzip") && damage.what.ends_with("at byte 46, behind a whole record"),
+            "{damage}"
+        );
+    }
+}
+
+#[test]
 fn a_source_may_give_single_bytes_and_be_interrupted() {
     let mut file = File::pcapng(ByteOrder::Little);
     file.interface(1, 0, &[])
