@@ -1,0 +1,563 @@
+//! The sections `[[egress]]`: named ways out.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use toml::Spanned;
+use toml::de::DeValue;
+use tungate_engine::Protocol;
+use tungate_engine::policy::EgressId;
+
+use crate::address::{parse_address, parse_port, parse_socket_address};
+use crate::diagnostic::{Problem, nearest, quoted};
+use crate::document::{Document, FromValue, Section, choice_of, number_of, text_of};
+use crate::value::Name;
+
+/// A named way out with all the driver needs to use it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Egress {
+    /// Unique name, as rules and reports use it.
+    pub name: String,
+    /// What it does.
+    pub kind: EgressKind,
+}
+
+/// What an egress does with the flows that rules give it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EgressKind {
+    /// Relays to the target itself.
+    Direct {
+        /// How its sockets are set up.
+        socket: SocketOptions,
+    },
+    /// Relays by way of a SOCKS5 proxy, RFC 1928: TCP by CONNECT, UDP by UDP ASSOCIATE.
+    Socks5(Proxy),
+    /// Relays TCP by way of an HTTP proxy's CONNECT, RFC 9110 section 9.3.6.
+    Http(Proxy),
+    /// Relays by way of one of other egresses.
+    Group(Group),
+}
+
+/// A proxy server and how to get to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Proxy {
+    /// Where the proxy listens.
+    pub address: Endpoint,
+    /// Who to be there (RFC 1929 for SOCKS5, RFC 7617 for HTTP).
+    pub login: Option<Login>,
+    /// How the sockets towards it are set up.
+    pub socket: SocketOptions,
+}
+
+/// A user of a proxy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Login {
+    /// The user's name.
+    pub username: String,
+    /// The user's password, or where it is.
+    pub password: Password,
+}
+
+/// A password, or where to find it.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Password {
+    /// The password itself; never printed.
+    Inline(String),
+    /// A file whose first line is the password. It has not been opened yet.
+    File(PathBuf),
+}
+
+/// How a socket is set up before it connects.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct SocketOptions {
+    /// The firewall mark of its packets (SO_MARK).
+    pub mark: Option<u32>,
+    /// The interface it is bound to (SO_BINDTODEVICE).
+    pub interface: Option<String>,
+    /// The source address it is bound to.
+    pub source: Source,
+}
+
+/// The source address of connections that leave by an egress.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Source {
+    /// Whatever the host's routes say.
+    #[default]
+    Host,
+    /// This address of the host.
+    Address(IpAddr),
+    /// The client's own address, where the host may use it (IP_TRANSPARENT).
+    Client,
+}
+
+/// A host and port to connect to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// The host.
+    pub host: Host,
+    /// The port, never 0.
+    pub port: u16,
+}
+
+/// A host by address or by name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Host {
+    /// An address.
+    Address(IpAddr),
+    /// A name to be looked up when it is needed.
+    Name(String),
+}
+
+/// Several egresses of which one is used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Group {
+    /// The members in the order in which they are written; never groups themselves.
+    pub members: Vec<EgressId>,
+    /// Which of the healthy members is used.
+    pub mode: GroupMode,
+    /// How members are found healthy.
+    pub check: HealthCheck,
+}
+
+/// Which of the healthy members of a [`Group`] is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum GroupMode {
+    /// The first one.
+    #[default]
+    Failover,
+    /// The one whose checks are answered soonest.
+    Latency,
+}
+
+/// How members of a [`Group`] are found healthy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// Where each member must be able to connect to by TCP; without it a member is healthy until it fails.
+    pub target: Option<Endpoint>,
+    /// Time between two checks of a member.
+    pub interval: Duration,
+    /// When a check that was not answered has failed.
+    pub timeout: Duration,
+}
+
+/// All egresses of a document, and what rules need to refer to them.
+#[derive(Default)]
+pub(crate) struct ReadEgresses {
+    /// In the order in which they are written, so that an [`EgressId`] is an index.
+    pub(crate) egresses: Vec<Egress>,
+    /// Also those that could not be read.
+    pub(crate) names: BTreeMap<String, EgressId>,
+    /// Where each name is written.
+    spans: Vec<Range<usize>>,
+    used: Vec<EgressId>,
+}
+
+/// Reads all `[[egress]]`; names of files are relative to `directory`.
+pub(crate) fn read_egresses(root: &mut Section<'_, '_>, directory: &Path) -> ReadEgresses {
+    let mut read = ReadEgresses::default();
+    let mut groups = Vec::new();
+    root.each("egress", |mut section| {
+        let name = section.require::<Name>("name", "\"office\"");
+        if let Some(name) = &name {
+            read.add_name(&mut section, name);
+        }
+        let kind = read_kind(&mut section, directory, &mut |members| {
+            groups.push((read.egresses.len(), members))
+        });
+        if let (Some(name), Some(kind)) = (name, kind) {
+            read.egresses.push(Egress {
+                name: name.into_inner().0,
+                kind,
+            });
+        }
+        section.finish();
+    });
+    for (index, members) in groups {
+        let members = read.members(root.document, members);
+        if let Some(Egress {
+            kind: EgressKind::Group(group),
+            ..
+        }) = read.egresses.get_mut(index)
+        {
+            group.members = members;
+        }
+    }
+    read
+}
+
+impl ReadEgresses {
+    /// Whether the egress can relay `protocol` at all.
+    pub(crate) fn carries(&self, egress: EgressId, protocol: Protocol) -> bool {
+        match self
+            .egresses
+            .get(usize::from(egress.0))
+            .map(|egress| &egress.kind)
+        {
+            // It could not be read, which has been reported.
+            None => true,
+            Some(EgressKind::Direct { .. }) => true,
+            Some(EgressKind::Socks5(_)) => protocol != Protocol::Icmp,
+            Some(EgressKind::Http(_)) => protocol == Protocol::Tcp,
+            Some(EgressKind::Group(group)) => {
+                group.members.iter().any(|&member| self.carries(member, protocol))
+            }
+        }
+    }
+
+    /// Remembers that a rule refers to the egress.
+    pub(crate) fn mark_used(&mut self, egress: EgressId) {
+        self.used.push(egress);
+    }
+
+    /// Warns of egresses that nothing refers to.
+    pub(crate) fn warn_of_unused(&self, document: &mut Document<'_>) {
+        for (name, id) in &self.names {
+            if !self.used.contains(id) {
+                let message = format!("no rule and no group uses the egress `{name}`");
+                let hint =
+                    format!("add a rule with action = \"egress\" and egress = \"{name}\", or take it out");
+                document.warning(self.spans[usize::from(id.0)].clone(), message, hint);
+            }
+        }
+    }
+
+    fn add_name(&mut self, section: &mut Section<'_, '_>, name: &Spanned<Name>) {
+        let text = &name.get_ref().0;
+        if text == "direct" {
+            let hint = "choose another name; a last rule without conditions sends all the rest to it";
+            section.document.error(
+                name.span(),
+                "`direct` is what happens where no egress is named",
+                hint,
+            );
+        }
+        if let Some(first) = self.names.get(text) {
+            let line = section.document.line(self.spans[usize::from(first.0)].start);
+            let message = format!("the egress in line {line} is named `{text}` as well");
+            return section
+                .document
+                .error(name.span(), message, "give each egress a name of its own");
+        }
+        match u16::try_from(self.spans.len()) {
+            Ok(index) => {
+                self.names.insert(text.clone(), EgressId(index));
+                self.spans.push(name.span());
+            }
+            Err(_) => section.document.error(
+                name.span(),
+                "there are more than 65,536 egresses",
+                "take some out",
+            ),
+        }
+    }
+
+    /// Looks up the members of a group.
+    fn members(&mut self, document: &mut Document<'_>, names: Vec<Spanned<String>>) -> Vec<EgressId> {
+        let mut members = Vec::new();
+        for name in names {
+            let Some(&id) = self.names.get(name.get_ref()) else {
+                if !document.is_broken() {
+                    let (message, hint) = undefined(name.get_ref(), &self.names);
+                    document.error(name.span(), message, hint);
+                }
+                continue;
+            };
+            let member = self.egresses.iter().find(|egress| egress.name == *name.get_ref());
+            if members.contains(&id) {
+                document.error(name.span(), "this member is named twice", "name it once");
+            } else if matches!(
+                member,
+                Some(Egress {
+                    kind: EgressKind::Group(_),
+                    ..
+                })
+            ) {
+                document.error(
+                    name.span(),
+                    "a group cannot have groups in it",
+                    "name that group's members",
+                );
+            } else {
+                members.push(id);
+            }
+        }
+        self.used.extend(&members);
+        members
+    }
+}
+
+/// What to say when a rule or group names an egress that is not there.
+pub(crate) fn undefined(name: &str, egresses: &BTreeMap<String, EgressId>) -> (String, String) {
+    let hint = match nearest(name, egresses.keys().map(String::as_str)) {
+        Some(meant) => format!("did you mean `{meant}`?"),
+        None => format!("define it: [[egress]] with name = \"{}\"", quoted(name)),
+    };
+    (format!("there is no egress `{}`", quoted(name)), hint)
+}
+
+/// Reads `kind` and the keys that go with it; members of a group are passed on for later.
+fn read_kind(
+    section: &mut Section<'_, '_>,
+    directory: &Path,
+    add_members: &mut dyn FnMut(Vec<Spanned<String>>),
+) -> Option<EgressKind> {
+    let kind = section.require::<KindWord>("kind", "\"socks5\"")?.into_inner();
+    section.qualify(&format!("of kind \"{}\"", kind.name()));
+    match kind {
+        KindWord::Direct => Some(EgressKind::Direct {
+            socket: read_socket(section),
+        }),
+        KindWord::Socks5 => read_proxy(section, directory).map(EgressKind::Socks5),
+        KindWord::Http => {
+            let proxy = read_proxy(section, directory)?;
+            if proxy
+                .login
+                .as_ref()
+                .is_some_and(|login| login.username.contains(':'))
+            {
+                let span = section.span_of("username").unwrap_or_default();
+                let hint = "the user's name ends at the first colon on the wire (RFC 7617); use another user";
+                section
+                    .document
+                    .error(span, "an HTTP proxy's user has no colon in the name", hint);
+            }
+            Some(EgressKind::Http(proxy))
+        }
+        KindWord::Group => {
+            let members = section.some("members", "name the egresses that it is made of");
+            if !section.has("members") {
+                let hint = "add, for instance, members = [\"office\", \"backup\"]";
+                section
+                    .document
+                    .error(section.span.clone(), "the group has no `members`", hint);
+            }
+            add_members(members);
+            let mut group = Group {
+                members: Vec::new(),
+                mode: GroupMode::default(),
+                check: HealthCheck::default(),
+            };
+            section.set("mode", &mut group.mode);
+            group.check.target = section.get("check").map(Spanned::into_inner);
+            section.set("check_interval", &mut group.check.interval);
+            section.set("check_timeout", &mut group.check.timeout);
+            Some(EgressKind::Group(group))
+        }
+    }
+}
+
+fn read_proxy(section: &mut Section<'_, '_>, directory: &Path) -> Option<Proxy> {
+    let address = section.require::<Endpoint>("address", "\"192.0.2.10:1080\"");
+    let login = read_login(section, directory);
+    let socket = read_socket(section);
+    Some(Proxy {
+        address: address?.into_inner(),
+        login,
+        socket,
+    })
+}
+
+fn read_login(section: &mut Section<'_, '_>, directory: &Path) -> Option<Login> {
+    let username = section.get::<Credential>("username");
+    let inline = section.get::<Credential>("password");
+    let file = section.get::<String>("password_file");
+    let span = |key| section.span_of(key);
+    match (span("username"), span("password"), span("password_file")) {
+        (_, Some(_), Some(file)) => {
+            section.document.error(
+                file,
+                "the password is there already",
+                "keep `password` or `password_file`",
+            );
+        }
+        (Some(username), None, None) => {
+            let hint = "add password_file = \"FILE\" or password = \"…\"";
+            section.document.error(username, "the user has no password", hint);
+        }
+        (None, Some(password), None) | (None, None, Some(password)) => {
+            section
+                .document
+                .error(password, "a password without a user", "add username = \"…\"");
+        }
+        (_, _, _) => {}
+    }
+    let password = match (inline, file) {
+        (Some(inline), None) => Password::Inline(inline.into_inner().0),
+        (None, Some(file)) => Password::File(directory.join(file.into_inner())),
+        (None, None) | (Some(_), Some(_)) => return None,
+    };
+    Some(Login {
+        username: username?.into_inner().0,
+        password,
+    })
+}
+
+fn read_socket(section: &mut Section<'_, '_>) -> SocketOptions {
+    let mut socket = SocketOptions::default();
+    socket.mark = section.get::<Mark>("mark").map(|mark| mark.into_inner().0);
+    socket.interface = section
+        .get::<InterfaceName>("interface")
+        .map(|name| name.into_inner().0);
+    section.set("source", &mut socket.source);
+    socket
+}
+
+#[derive(Clone, Copy)]
+enum KindWord {
+    Direct,
+    Group,
+    Http,
+    Socks5,
+}
+
+/// A firewall mark.
+struct Mark(u32);
+
+/// The name of a network interface.
+struct InterfaceName(String);
+
+/// A user's name or password.
+struct Credential(String);
+
+impl KindWord {
+    const ALL: [Self; 4] = [Self::Direct, Self::Socks5, Self::Http, Self::Group];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Group => "group",
+            Self::Http => "http",
+            Self::Socks5 => "socks5",
+        }
+    }
+}
+
+impl Default for HealthCheck {
+    /// No checks, and the times that hold when there is a target: every 10 s, failed after 3 s.
+    fn default() -> Self {
+        Self {
+            target: None,
+            interval: Duration::from_secs(10),
+            timeout: Duration::from_secs(3),
+        }
+    }
+}
+
+impl fmt::Debug for Password {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Inline(_) => f.write_str("Inline(…)"),
+            Self::File(path) => f.debug_tuple("File").field(path).finish(),
+        }
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.host {
+            Host::Address(address) => SocketAddr::new(*address, self.port).fmt(f),
+            Host::Name(name) => write!(f, "{name}:{}", self.port),
+        }
+    }
+}
+
+impl FromValue for KindWord {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        choice_of(value, &Self::ALL.map(|kind| (kind.name(), kind)))
+    }
+}
+
+impl FromValue for GroupMode {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        choice_of(value, &[("failover", Self::Failover), ("latency", Self::Latency)])
+    }
+}
+
+impl FromValue for Mark {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        number_of(value, 1..=u32::MAX.into()).map(|mark| Self(mark as u32))
+    }
+}
+
+impl FromValue for InterfaceName {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        let text = text_of(value, "the name of an interface", "\"eth0\"")?;
+        let sound =
+            text.len() <= 15 && !text.contains(|c: char| c == '/' || c.is_whitespace() || c.is_control());
+        if !sound {
+            let message = format!("`{}` is not the name of an interface", quoted(text));
+            let hint = "use at most 15 bytes without blanks and slashes; `ip link` shows the names";
+            return Err(Problem::at(0..text.len(), message, hint));
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl FromValue for Credential {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        let text = text_of(value, "text", "\"alice\"")?;
+        if text.len() > 255 {
+            let hint = "proxies take at most 255 bytes (RFC 1929)";
+            return Err(Problem::at(0..0, "this is too long", hint));
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl FromValue for Source {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        match text_of(value, "an address or \"client\"", "\"192.0.2.1\"")? {
+            "client" => Ok(Self::Client),
+            text => parse_address(text).map(Self::Address),
+        }
+    }
+}
+
+impl FromValue for Endpoint {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        let text = text_of(value, "a host with a port as text", "\"192.0.2.10:1080\"")?;
+        let (host, port) = match text.rsplit_once(':') {
+            Some((name, port)) if is_host_name(name) => {
+                let start = text.len() - port.len();
+                let port = parse_port(port).map_err(|problem| problem.shifted(start))?;
+                (Host::Name(name.to_owned()), port)
+            }
+            None if is_host_name(text) => {
+                let hint = format!("add it: {text}:1080");
+                return Err(Problem::at(
+                    0..text.len(),
+                    format!("`{}` has no port", quoted(text)),
+                    hint,
+                ));
+            }
+            Some(_) | None => {
+                let address = parse_socket_address(text)?;
+                (Host::Address(address.ip()), address.port())
+            }
+        };
+        if port == 0 {
+            return Err(Problem::at(
+                0..text.len(),
+                "nothing listens on port 0",
+                "write the port to connect to",
+            ));
+        }
+        Ok(Self { host, port })
+    }
+}
+
+/// Whether `text` can be looked up as a host's name, and is no attempt at an IPv4 address.
+fn is_host_name(text: &str) -> bool {
+    let is_label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
+    };
+    let last = text.rsplit('.').next().unwrap_or_default();
+    text.len() <= 253 && text.split('.').all(is_label) && !last.bytes().all(|byte| byte.is_ascii_digit())
+}

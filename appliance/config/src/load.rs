@@ -1,0 +1,252 @@
+//! Puts a configuration together from its file and the list files it names.
+
+use std::path::{Path, PathBuf};
+
+use tungate_engine::policy::{EgressSpec, PolicySpec};
+
+use crate::diagnostic::{Diagnostic, Diagnostics, Findings, Place, Severity};
+use crate::document::{Document, Section};
+use crate::egress::{Egress, read_egresses};
+use crate::list::{Progress, read_limited};
+use crate::rules::{check_rules, into_rules, read_lists, read_rules};
+
+/// Largest configuration file, in bytes.
+const LARGEST_FILE: u64 = 16 << 20;
+
+/// A configuration without mistakes.
+///
+/// The default is what holds with no configuration file: no lists, no rules, everything direct.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Loaded {
+    /// Lists, rules and the names of egresses, for the engine.
+    pub policy: PolicySpec,
+    /// The egresses in full; an [`EgressId`](tungate_engine::policy::EgressId) in `policy` is an index.
+    pub egresses: Vec<Egress>,
+    /// The files that were read: the configuration first, then list files. When one of them changes, so may the
+    /// configuration.
+    pub sources: Vec<PathBuf>,
+    /// What is probably not meant as it is written.
+    pub warnings: Vec<Diagnostic>,
+}
+
+/// Reads the configuration file `path` and the list files it names, which are relative to it. `progress` is called
+/// now and then while list files are read.
+///
+/// # Errors
+///
+/// Every mistake in all of these files, or why the configuration file cannot be read.
+pub fn load(path: &Path, progress: &mut dyn FnMut(Progress<'_>)) -> Result<Loaded, Diagnostics> {
+    let name = path.to_string_lossy();
+    let directory = path.parent().unwrap_or(Path::new(""));
+    let unreadable = |place: Option<Place>, message: String, hint: &str| {
+        let mut findings = Findings::new(&name);
+        findings.push(Severity::Error, place, message, hint);
+        Diagnostics::from_errors(findings.into_sorted()).map(|_| Loaded::default())
+    };
+    let bytes = match read_limited(path, LARGEST_FILE) {
+        Ok(bytes) => bytes,
+        Err(error) => {
+            let hint = "check the name; without a configuration the defaults hold";
+            return unreadable(None, format!("cannot read the configuration: {error}"), hint);
+        }
+    };
+    match str::from_utf8(&bytes) {
+        Ok(text) => {
+            let mut loaded = parse(text, &name, directory, progress)?;
+            loaded.sources.insert(0, path.to_owned());
+            Ok(loaded)
+        }
+        Err(error) => {
+            let at = error.valid_up_to();
+            let start = bytes[..at]
+                .iter()
+                .rposition(|&byte| byte == b'\n')
+                .map_or(0, |newline| newline + 1);
+            let line = bytes[start..]
+                .split(|&byte| byte == b'\n')
+                .next()
+                .unwrap_or_default();
+            let number = bytes[..start].iter().filter(|&&byte| byte == b'\n').count() + 1;
+            let place = Place::in_line(number, line, at - start..at - start + 1);
+            unreadable(
+                Some(place),
+                "this is not UTF-8".to_owned(),
+                "save the file as UTF-8",
+            )
+        }
+    }
+}
+
+/// Reads a configuration from its text; `name` stands for the file in diagnostics.
+pub(crate) fn parse(
+    text: &str,
+    name: &str,
+    directory: &Path,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<Loaded, Diagnostics> {
+    let (mut document, table) = Document::parse(name, text);
+    let mut root = Section::root(&mut document, table.get_ref());
+    let lists = read_lists(&mut root, directory, progress);
+    let mut egresses = read_egresses(&mut root, directory);
+    let rules = read_rules(&mut root, &mut egresses);
+    root.finish();
+    if !document.is_broken() {
+        check_rules(&mut document, &rules);
+        // With another mistake corrected it may be used.
+        if !document.findings.has_errors() {
+            egresses.warn_of_unused(&mut document);
+        }
+    }
+    let mut diagnostics = document.findings.into_sorted();
+    diagnostics.extend(lists.diagnostics);
+    let warnings = Diagnostics::from_errors(diagnostics)?;
+    let egresses = egresses.egresses;
+    let names = egresses
+        .iter()
+        .map(|egress| EgressSpec {
+            name: egress.name.clone(),
+        })
+        .collect();
+    let policy = PolicySpec {
+        lists: lists.entries,
+        rules: into_rules(rules),
+        egresses: names,
+    };
+    Ok(Loaded {
+        policy,
+        egresses,
+        sources: lists.files,
+        warnings,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mistakes(text: &str) -> Vec<String> {
+        let found = parse(text, "tungate.toml", Path::new(""), &mut |_| ()).unwrap_err();
+        found
+            .iter()
+            .map(|found| {
+                let place = found.place.as_ref().unwrap();
+                format!("{}:{} {}", place.line, place.column, found.message)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn one_run_finds_every_mistake_in_order_of_the_lines() {
+        let text = "[lists]\nentries = [\"deny x\", \"allow 192.0.2.0/24 tcp 0-x\"]\nfile = []\n\n\
+                    [[rule]]\nports = [1, 65536]\naction = \"accept\"\n[[rules]]\n";
+        assert_eq!(
+            mistakes(text),
+            [
+                "2:18 `x` is not an IP address",
+                "2:48 `x` is not a port",
+                "3:1 `file` is not a key of [lists]",
+                "6:13 65536 is not a port",
+                "7:11 `accept` is none of \"direct\", \"drop\", \"reject\", \"redirect\", \"egress\"",
+                "8:3 `rules` is not a key of the file",
+            ]
+        );
+    }
+
+    #[test]
+    fn what_is_no_toml_hides_no_mistake_elsewhere() {
+        let text = "[lists]\nentries = [deny]\n[[rule]]\nname = \"web\naction = \"dorp\"\nports = 80\nports = [80]\n";
+        assert_eq!(
+            mistakes(text),
+            [
+                "2:12 `deny` is not a value",
+                "4:12 invalid basic string",
+                "5:11 `dorp` is none of \"direct\", \"drop\", \"reject\", \"redirect\", \"egress\"",
+                "6:9 `ports` is a list, not a number",
+                "7:1 duplicate key",
+            ]
+        );
+    }
+
+    #[test]
+    fn an_array_left_open_is_one_mistake() {
+        assert_eq!(
+            mistakes("[[rule]]\nports = [80, 90\naction = \"drop\"\n[[rule]]\naction = \"x\"\n"),
+            ["2:9 this array is not closed"]
+        );
+    }
+
+    #[test]
+    fn mistakes_in_list_files_come_after_those_of_the_configuration() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(
+            directory.path().join("a.txt"),
+            "deny 192.0.2.0/24\ndeny 192.0.2.300\n",
+        )
+        .unwrap();
+        let path = directory.path().join("tungate.toml");
+        std::fs::write(&path, "[lists]\nfiles = [\"a.txt\", \"b.txt\"]\n").unwrap();
+
+        let found: Vec<_> = load(&path, &mut |_| ()).unwrap_err().into_iter().collect();
+
+        assert_eq!(found.len(), 2);
+        let missing = found[0].place.as_ref().unwrap();
+        assert_eq!(
+            (missing.line, missing.column, &*missing.text),
+            (2, 19, "\"b.txt\"")
+        );
+        assert!(
+            found[0].message.contains("cannot read the list file"),
+            "{}",
+            found[0]
+        );
+        assert!(
+            found[0].hint.contains("relative to the configuration"),
+            "{}",
+            found[0]
+        );
+        assert!(found[1].file.ends_with("a.txt"));
+        let wrong = found[1].place.as_ref().unwrap();
+        assert_eq!((wrong.line, wrong.column, &*wrong.text), (2, 6, "192.0.2.300"));
+    }
+
+    #[test]
+    fn list_files_are_relative_to_the_configuration_and_named_as_sources() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("block.txt"), "deny 192.0.2.0/24\n").unwrap();
+        let path = directory.path().join("tungate.toml");
+        std::fs::write(
+            &path,
+            "[lists]\nentries = [\"allow ::/0\"]\nfiles = [\"block.txt\"]\n",
+        )
+        .unwrap();
+
+        let loaded = load(&path, &mut |_| ()).unwrap();
+
+        let entries: Vec<_> = loaded.policy.lists.iter().map(ToString::to_string).collect();
+        assert_eq!(entries, ["allow ::/0", "deny 192.0.2.0/24"]);
+        assert_eq!(loaded.sources, [path, directory.path().join("block.txt")]);
+    }
+
+    #[test]
+    fn a_configuration_that_is_missing_or_no_text_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("tungate.toml");
+        let missing: Vec<_> = load(&path, &mut |_| ()).unwrap_err().into_iter().collect();
+        assert_eq!((missing.len(), &missing[0].place), (1, &None));
+        assert!(missing[0].message.contains("cannot read the configuration"));
+
+        std::fs::write(&path, b"[lists]\n# caf\xe9\n").unwrap();
+        let latin: Vec<_> = load(&path, &mut |_| ()).unwrap_err().into_iter().collect();
+        let place = latin[0].place.as_ref().unwrap();
+        assert_eq!((place.line, place.column), (2, 6));
+        assert!(latin[0].hint.contains("UTF-8"));
+    }
+
+    #[test]
+    fn an_empty_file_is_the_default_configuration() {
+        assert_eq!(
+            parse("", "tungate.toml", Path::new(""), &mut |_| ()).unwrap(),
+            Loaded::default()
+        );
+    }
+}

@@ -1,0 +1,147 @@
+//! What a TOML value can stand for.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use toml::de::DeValue;
+use tungate_engine::Protocol;
+use tungate_engine::policy::PortRange;
+
+use crate::address::{parse_network, parse_ports, parse_socket_address};
+use crate::diagnostic::{Problem, quoted};
+use crate::document::{FromValue, choice_of, text_of, wrong_type};
+
+/// Longest name of a rule or egress, in characters.
+const LONGEST_NAME: usize = 64;
+
+/// The name of a rule or egress: what reports, counters and logs call it.
+#[derive(Debug)]
+pub(crate) struct Name(pub(crate) String);
+
+impl FromValue for String {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        text_of(value, "text", "\"text\"").map(str::to_owned)
+    }
+}
+
+impl FromValue for bool {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        value
+            .as_bool()
+            .map_or_else(|| wrong_type(value, "true or false", "true"), Ok)
+    }
+}
+
+impl FromValue for Duration {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        match value {
+            DeValue::Integer(number) => {
+                let hint = format!("with a unit: \"{number}s\" for seconds");
+                Err(Problem::at(0..0, "a time needs a unit", hint))
+            }
+            _ => parse_duration(text_of(value, "a time as text", "\"30s\"")?),
+        }
+    }
+}
+
+impl FromValue for IpNet {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        parse_network(text_of(value, "a network as text", "\"192.0.2.0/24\"")?)
+    }
+}
+
+impl FromValue for SocketAddr {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        parse_socket_address(text_of(
+            value,
+            "an address with a port as text",
+            "\"192.0.2.7:8080\"",
+        )?)
+    }
+}
+
+impl FromValue for PortRange {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        if let Some(number) = value.as_integer() {
+            let port = u16::from_str_radix(number.as_str(), number.radix()).map_err(|_| {
+                Problem::at(
+                    0..0,
+                    format!("{number} is not a port"),
+                    "use a number from 0 to 65535, or a range such as \"8000-8100\"",
+                )
+            })?;
+            return Ok(Self {
+                first: port,
+                last: port,
+            });
+        }
+        match value.as_str() {
+            None => wrong_type(value, "a port or a range of ports", "443 or \"8000-8100\""),
+            Some("any") => Err(Problem::at(
+                0..3,
+                "`any` is not a port",
+                "leave out `ports` for all ports",
+            )),
+            Some(text) => parse_ports(text),
+        }
+    }
+}
+
+impl FromValue for Protocol {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        if value.as_str() == Some("any") {
+            let hint = "leave out `protocols` for all protocols";
+            return Err(Problem::at(0..3, "`any` is not a protocol", hint));
+        }
+        let all = [Self::Tcp, Self::Udp, Self::Icmp];
+        choice_of(value, &all.map(|protocol| (protocol.name(), protocol)))
+    }
+}
+
+impl FromValue for Name {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        let text = text_of(value, "a name", "\"web\"")?;
+        let problem = |message: &str, hint: &str| Err(Problem::at(0..text.len(), message, hint));
+        if text.trim() != text || text.contains(char::is_control) {
+            return problem(
+                "a name has no blanks around it and no control characters",
+                "take them out",
+            );
+        }
+        if text.chars().count() > LONGEST_NAME {
+            return problem("this name is too long", "use at most 64 characters");
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+/// Reads numbers with the units `ms`, `s`, `m`, `h` or `d`, such as `30s` or `2h 4m`.
+fn parse_duration(text: &str) -> Result<Duration, Problem> {
+    let problem = || {
+        let hint = "write numbers with ms, s, m, h or d, such as \"30s\" or \"2h 4m\"";
+        Problem::at(0..text.len(), format!("`{}` is not a time", quoted(text)), hint)
+    };
+    let mut sum = Duration::ZERO;
+    let mut rest = text.trim();
+    loop {
+        let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+        let number: u64 = rest[..digits].parse().map_err(|_| problem())?;
+        rest = rest[digits..].trim_start();
+        let letters = rest.bytes().take_while(u8::is_ascii_lowercase).count();
+        let millis: u64 = match &rest[..letters] {
+            "ms" => 1,
+            "s" => 1_000,
+            "m" => 60_000,
+            "h" => 3_600_000,
+            "d" => 86_400_000,
+            _ => return Err(problem()),
+        };
+        let part = number.checked_mul(millis).map(Duration::from_millis);
+        sum = part.and_then(|part| sum.checked_add(part)).ok_or_else(problem)?;
+        rest = rest[letters..].trim_start();
+        if rest.is_empty() {
+            return Ok(sum);
+        }
+    }
+}
