@@ -17,9 +17,11 @@ use crate::io::{
     ChecksumState, IcmpError, Input, Judgement, Open, PacketIn, Unreachable, UpstreamCommand, UpstreamError,
     UpstreamEvent, World,
 };
-use crate::packet::{Datagram, Echo, IcmpMessage, IcmpView, PacketView, TcpView, Transport, UdpView};
+use crate::packet::{
+    Datagram, Echo, FragmentView, IcmpMessage, IcmpView, PacketView, TcpView, Transport, UdpView,
+};
 use crate::policy::{Action, Decision, ListAction, ListSide, Policy, RuleRef};
-use crate::reassembly::{Reassembler, Reassembly};
+use crate::reassembly::Reassembler;
 use crate::session::{ErrorReport, Recency, Session};
 use crate::shard;
 use crate::tcp::arena::Arena;
@@ -56,7 +58,11 @@ pub struct Engine {
     identification: u32,
     /// Segments rewritten for a stack.
     scratch: Vec<u8>,
+    /// The packet last made whole from fragments.
+    whole: Vec<u8>,
     counters: Counters,
+    /// When an entry of the lists expires next.
+    policy_due: Option<Timestamp>,
     draining: bool,
 }
 
@@ -67,7 +73,6 @@ impl Engine {
         let mut rng = ChaCha12Rng::from_seed(seed);
         rng.set_stream(u64::from(config.shard.0));
         let hasher = KeyHasher::new((rng.next_u64(), rng.next_u64()));
-        let reassembly_keys = (rng.next_u64(), rng.next_u64());
         Self {
             flows: FlowTable::new(config.shard, hasher),
             clients: ClientCounts::new(hasher),
@@ -80,11 +85,12 @@ impl Engine {
             reassembler: Reassembler::new(
                 config.limits.reassembly_bytes as usize,
                 config.timeouts.reassembly,
-                reassembly_keys,
             ),
             identification: rng.next_u32(),
             scratch: Vec::new(),
+            whole: Vec::new(),
             counters: Counters::default(),
+            policy_due: None,
             draining: false,
             wall_offset: 0,
             hasher,
@@ -102,8 +108,15 @@ impl Engine {
             Input::Packet(packet) => return Some(self.handle_packet(packet, world)),
             Input::Upstream(flow, event) => self.handle_upstream(flow, event, world),
             Input::Wakeup => {}
-            Input::Policy(policy) => self.handle_policy(policy, world),
-            Input::WallClock(offset) => self.wall_offset = offset,
+            Input::Policy(policy) => {
+                self.policy = policy;
+                self.counters.on_policy();
+                self.review(world);
+            }
+            Input::WallClock(offset) => {
+                self.wall_offset = offset;
+                self.review(world);
+            }
             Input::Drain => self.draining = true,
         }
         None
@@ -128,7 +141,9 @@ impl Engine {
     /// Call [`Engine::flush`] afterwards: the window may have opened, or the flow ended.
     pub fn read(&mut self, now: Timestamp, flow: FlowId, take: impl FnOnce(&[u8]) -> usize) -> usize {
         self.now = self.now.max(now);
-        let Some(Flow::Tcp(tcp)) = self.flows.get_mut(flow) else { return 0 };
+        let Some(Flow::Tcp(tcp)) = self.flows.get_mut(flow) else {
+            return 0;
+        };
         let taken = tcp.read(self.now, take);
         mark_dirty(&mut self.dirty, flow, tcp);
         taken
@@ -141,7 +156,9 @@ impl Engine {
     /// Call [`Engine::flush`] afterwards: it sends them.
     pub fn write(&mut self, now: Timestamp, flow: FlowId, fill: impl FnOnce(&mut [u8]) -> usize) -> usize {
         self.now = self.now.max(now);
-        let Some(Flow::Tcp(tcp)) = self.flows.get_mut(flow) else { return 0 };
+        let Some(Flow::Tcp(tcp)) = self.flows.get_mut(flow) else {
+            return 0;
+        };
         let filled = tcp.write(self.now, fill);
         mark_dirty(&mut self.dirty, flow, tcp);
         filled
@@ -183,8 +200,8 @@ impl Engine {
         if let Some(reason) = sound.err().or_else(|| view.address_check()) {
             return self.drop_packet(reason, None, None, world);
         }
-        if view.fragment().is_some() {
-            return self.handle_fragment(&view, packet.ingress, world);
+        if let Some(fragment) = view.fragment() {
+            return self.handle_fragment(&view, &fragment, packet, world);
         }
         let transport = match view.transport() {
             Ok(transport) => transport,
@@ -244,32 +261,65 @@ impl Engine {
     ) -> Judgement {
         self.counters.on_drop(reason, rule);
         world.event(&Event::Dropped { reason, rule, flow });
-        Judgement { dropped: Some(reason), rule, flow }
+        Judgement {
+            dropped: Some(reason),
+            rule,
+            flow,
+        }
     }
 
-    fn handle_fragment(&mut self, view: &PacketView<'_>, ingress: IngressId, world: &mut dyn World) -> Judgement {
-        let mut whole = Vec::new();
-        match self.reassembler.push(self.now, ingress, view, &mut whole) {
-            Reassembly::Held => Judgement { dropped: None, rule: None, flow: None },
-            Reassembly::Dropped(reason) => self.drop_packet(reason, None, None, world),
-            Reassembly::Complete => {
+    fn handle_fragment(
+        &mut self,
+        view: &PacketView<'_>,
+        fragment: &FragmentView<'_>,
+        packet: PacketIn<'_>,
+        world: &mut dyn World,
+    ) -> Judgement {
+        let mut evicted = 0;
+        let pushed = self
+            .reassembler
+            .push(self.now, packet.ingress, view, fragment, packet.checksum, || {
+                evicted += 1
+            });
+        // The whole packet takes the way of any packet through this engine, which the reassembler is a part of.
+        let mut whole = std::mem::take(&mut self.whole);
+        let pushed = pushed.map(|complete| {
+            complete.map(|packet| {
+                whole.clear();
+                whole.extend_from_slice(packet.bytes);
+                packet.checksum
+            })
+        });
+        for _ in 0..evicted {
+            self.drop_packet(DropReason::FragmentMemory, None, None, world);
+        }
+        let held = Judgement {
+            dropped: None,
+            rule: None,
+            flow: None,
+        };
+        let judgement = match pushed {
+            Err(reason) => self.drop_packet(reason, None, None, world),
+            Ok(None) => held,
+            Ok(Some(checksum)) => {
                 let packet = PacketIn {
-                    ingress,
                     bytes: &whole,
-                    checksum: ChecksumState::Unverified,
+                    checksum,
                     segment_size: None,
+                    ..packet
                 };
                 let owner = PacketView::parse(&whole).map(|view| shard::owner(&view, self.config.shards));
                 match owner {
                     Ok(owner) if owner != self.config.shard => {
                         world.forward(owner, packet);
-                        Judgement { dropped: None, rule: None, flow: None }
+                        held
                     }
-                    Ok(_) => self.handle_packet(packet, world),
-                    Err(reason) => self.drop_packet(reason, None, None, world),
+                    Ok(_) | Err(_) => self.handle_packet(packet, world),
                 }
             }
-        }
+        };
+        self.whole = whole;
+        judgement
     }
 
     // ---- TCP ---------------------------------------------------------------------------------------------------
@@ -283,10 +333,16 @@ impl Engine {
     ) -> Judgement {
         let client = SocketAddr::new(view.source(), segment.source_port);
         let target = SocketAddr::new(view.destination(), segment.destination_port);
-        let key = FlowKey::Tcp { ingress, client, target };
+        let key = FlowKey::Tcp {
+            ingress,
+            client,
+            target,
+        };
         let is_first = segment.flags.syn() && !segment.flags.ack();
         if let Some(id) = self.flows.find(&key) {
-            let Some(Flow::Tcp(flow)) = self.flows.get_mut(id) else { unreachable!("TCP keys name TCP flows") };
+            let Some(Flow::Tcp(flow)) = self.flows.get_mut(id) else {
+                unreachable!("TCP keys name TCP flows")
+            };
             if !is_first || !flow.is_replaced_by(segment) {
                 let rule = flow.rule;
                 let mut cx = Context {
@@ -300,11 +356,15 @@ impl Engine {
                 let dropped = flow.handle_segment(id, view, segment, &mut cx);
                 mark_dirty(&mut self.dirty, id, flow);
                 return match dropped {
-                    None => Judgement { dropped: None, rule: Some(rule), flow: Some(id) },
+                    None => Judgement {
+                        dropped: None,
+                        rule: Some(rule),
+                        flow: Some(id),
+                    },
                     Some(reason) => self.drop_packet(reason, Some(rule), Some(id), world),
                 };
             }
-            self.end_tcp(id, CloseReason::Replaced, world);
+            self.end(id, CloseReason::Replaced, world);
         }
         if !is_first {
             if !segment.flags.rst() {
@@ -337,7 +397,7 @@ impl Engine {
         let limits = &self.config.limits;
         let refusal = if self.draining {
             Some(DropReason::Draining)
-        } else if self.flows.len() - self.sessions.len() >= limits.flows as usize {
+        } else if self.tcp_flows >= limits.flows as usize {
             Some(DropReason::FlowLimit)
         } else if self.half_open >= limits.half_open as usize {
             Some(DropReason::HalfOpenLimit)
@@ -358,36 +418,741 @@ impl Engine {
         self.clients.add(ingress, client.ip());
         self.half_open += 1;
         self.tcp_flows += 1;
-        world.event(&Event::Opened { flow: id, ingress, protocol: Protocol::Tcp, client, target, action, rule });
-        let open = Open { ingress, protocol: Protocol::Tcp, client, target: connect_to, egress };
+        world.event(&Event::Opened {
+            flow: id,
+            ingress,
+            protocol: Protocol::Tcp,
+            client,
+            target,
+            action,
+            rule,
+        });
+        let open = Open {
+            ingress,
+            protocol: Protocol::Tcp,
+            client,
+            target: connect_to,
+            egress,
+        };
         world.upstream(id, UpstreamCommand::Open(open));
         if let Some(Flow::Tcp(flow)) = self.flows.get_mut(id) {
             mark_dirty(&mut self.dirty, id, flow);
         }
-        Judgement { dropped: None, rule: Some(rule), flow: Some(id) }
+        Judgement {
+            dropped: None,
+            rule: Some(rule),
+            flow: Some(id),
+        }
     }
 
-    /// Ends a TCP flow at once, telling the upstream but not the client.
-    fn end_tcp(&mut self, id: FlowId, reason: CloseReason, world: &mut dyn World) {
-        let Some(Flow::Tcp(flow)) = self.flows.get_mut(id) else { return };
-        flow.abort_upstream(id, world);
-        self.close_tcp(id, Some(reason), world);
+    // ---- policy ------------------------------------------------------------------------------------------------
+
+    /// Ends the flows that the policy denies now, and notes the rule that lets each of the others go on.
+    fn review(&mut self, world: &mut dyn World) {
+        self.policy_due = self.next_expiry();
+        for id in self.flows.ids() {
+            let (ingress, protocol, client, target) = match self.flows.get_mut(id) {
+                Some(Flow::Tcp(flow)) if flow.is_time_wait() => continue,
+                Some(Flow::Tcp(flow)) => (flow.ingress, Protocol::Tcp, flow.client, flow.target),
+                Some(Flow::Session(session)) => {
+                    (session.ingress, session.protocol, session.client, session.target)
+                }
+                None => continue,
+            };
+            let (number, port) = match protocol {
+                Protocol::Tcp => (6, Some(target.port())),
+                Protocol::Udp => (17, Some(target.port())),
+                Protocol::Icmp => (1, None),
+            };
+            let denied = self.judge(client.ip(), target.ip(), Some(number), port);
+            let decision = self.policy.decide(ingress, protocol, client, target);
+            let (rule, silent) = match (denied, decision.action) {
+                (Some((_, rule)), _) => (rule, true),
+                (None, Action::Drop) => (decision.rule, true),
+                (None, Action::Reject) => (decision.rule, false),
+                (None, Action::Direct | Action::Egress(_) | Action::Redirect(_)) => {
+                    match self.flows.get_mut(id) {
+                        Some(Flow::Tcp(flow)) => flow.rule = decision.rule,
+                        Some(Flow::Session(session)) => session.rule = decision.rule,
+                        None => {}
+                    }
+                    continue;
+                }
+            };
+            self.abort_tcp(id, silent, world);
+            self.end(id, CloseReason::Denied(rule), world);
+        }
     }
 
-    /// Lets a TCP flow go. `reason` is `None` where it has been told before.
-    fn close_tcp(&mut self, id: FlowId, reason: Option<CloseReason>, world: &mut dyn World) {
-        let Some(Flow::Tcp(flow)) = self.flows.remove(id) else { return };
+    /// When a list entry expires next.
+    fn next_expiry(&self) -> Option<Timestamp> {
+        let unix_seconds = self.policy.lists().next_expiry(self.unix_time())?;
+        let nanos = i128::from(unix_seconds) * 1_000_000_000 - i128::from(self.wall_offset);
+        Some(u64::try_from(nanos).map_or(Timestamp::MAX, Timestamp::from_nanos))
+    }
+
+    // ---- UDP ---------------------------------------------------------------------------------------------------
+
+    fn handle_datagram(
+        &mut self,
+        ingress: IngressId,
+        view: &PacketView<'_>,
+        datagram: &UdpView<'_>,
+        segment_size: Option<NonZeroU16>,
+        world: &mut dyn World,
+    ) -> Judgement {
+        let client = SocketAddr::new(view.source(), datagram.source_port);
+        let target = SocketAddr::new(view.destination(), datagram.destination_port);
+        let decision = self.policy.decide(ingress, Protocol::Udp, client, target);
+        let (route, send_to) = match self.route(decision, ingress, target, view, Unreachable::Port, world) {
+            Ok(route) => route,
+            Err(judgement) => return judgement,
+        };
+        let key = FlowKey::Udp {
+            ingress,
+            client,
+            route,
+        };
+        let session = (ingress, Protocol::Udp, client, target);
+        let id = match self.find_session(key, session, route, decision, world) {
+            Ok(id) => id,
+            Err(judgement) => return judgement,
+        };
+        let payload = datagram.payload;
+        if let Some(Flow::Session(session)) = self.flows.get_mut(id) {
+            session.on_sent(target, payload.len(), &self.config, self.now);
+        }
+        let segment_size = segment_size.filter(|size| usize::from(size.get()) < payload.len());
+        let hop_limit = view.hop_limit() - 1;
+        world.upstream(
+            id,
+            UpstreamCommand::Send {
+                target: send_to,
+                payload,
+                segment_size,
+                hop_limit,
+            },
+        );
+        Judgement {
+            dropped: None,
+            rule: Some(decision.rule),
+            flow: Some(id),
+        }
+    }
+
+    /// The way out for a datagram or echo request that the policy lets pass, and where to send it; otherwise its end.
+    fn route(
+        &mut self,
+        decision: Decision,
+        ingress: IngressId,
+        target: SocketAddr,
+        view: &PacketView<'_>,
+        rejection: Unreachable,
+        world: &mut dyn World,
+    ) -> Result<(Route, SocketAddr), Judgement> {
+        let (route, send_to) = match decision.action {
+            Action::Direct => (Route::Direct, target),
+            Action::Egress(egress) => (Route::Egress(egress), target),
+            Action::Redirect(to) => (Route::Redirect { to, target }, to),
+            Action::Drop => {
+                return Err(self.drop_packet(DropReason::RuleDrop, Some(decision.rule), None, world));
+            }
+            Action::Reject => {
+                self.report(
+                    target.ip(),
+                    IcmpError::Unreachable(rejection),
+                    ingress,
+                    view,
+                    world,
+                );
+                return Err(self.drop_packet(DropReason::RuleReject, Some(decision.rule), None, world));
+            }
+        };
+        if view.hop_limit() <= 1 {
+            let router = self.router(view);
+            self.report(router, IcmpError::TimeExceeded, ingress, view, world);
+            return Err(self.drop_packet(DropReason::HopLimit, Some(decision.rule), None, world));
+        }
+        Ok((route, send_to))
+    }
+
+    /// The appliance's own address, of the packet's IP version.
+    fn router(&self, view: &PacketView<'_>) -> IpAddr {
+        if view.is_ipv6() {
+            self.config.router_v6.into()
+        } else {
+            self.config.router_v4.into()
+        }
+    }
+
+    /// Answers a packet by an ICMP error, if it may be answered so.
+    fn report(
+        &mut self,
+        reporter: IpAddr,
+        error: IcmpError,
+        ingress: IngressId,
+        view: &PacketView<'_>,
+        world: &mut dyn World,
+    ) {
+        if view.may_cause_error()
+            && let Ok(message) = Datagram::icmp_error(reporter, view.source(), error, view.bytes())
+        {
+            message.send(world, self.config.mtu, ingress, None, &mut self.identification);
+        }
+    }
+
+    /// The session with this key, made if there is none. At the limit, the least recently used one goes.
+    fn find_session(
+        &mut self,
+        key: FlowKey,
+        (ingress, protocol, client, target): (IngressId, Protocol, SocketAddr, SocketAddr),
+        route: Route,
+        Decision { action, rule }: Decision,
+        world: &mut dyn World,
+    ) -> Result<FlowId, Judgement> {
+        if let Some(id) = self.flows.find(&key) {
+            self.sessions.touch(&mut self.flows, id);
+            return Ok(id);
+        }
+        if self.draining {
+            return Err(self.drop_packet(DropReason::Draining, Some(rule), None, world));
+        }
+        if self.sessions.len() >= self.config.limits.sessions as usize
+            && let Some(oldest) = self.sessions.oldest()
+        {
+            self.end(oldest, CloseReason::Evicted, world);
+        }
+        let session = Session::new(
+            ingress,
+            protocol,
+            (client, target),
+            route,
+            rule,
+            &self.config,
+            self.now,
+        );
+        let expires = session.expires();
+        let id = self.flows.insert(key, Flow::Session(session));
+        self.sessions.insert(&mut self.flows, id);
+        if let Some(Flow::Session(session)) = self.flows.get_mut(id) {
+            self.timers
+                .schedule(&mut session.queued, id, expires, WakeReason::Session);
+        }
+        world.event(&Event::Opened {
+            flow: id,
+            ingress,
+            protocol,
+            client,
+            target,
+            action,
+            rule,
+        });
+        let (egress, target) = match route {
+            Route::Direct => (None, target),
+            Route::Egress(egress) => (Some(egress), target),
+            Route::Redirect { to, .. } => (None, to),
+        };
+        world.upstream(
+            id,
+            UpstreamCommand::Open(Open {
+                ingress,
+                protocol,
+                client,
+                target,
+                egress,
+            }),
+        );
+        Ok(id)
+    }
+
+    // ---- ICMP --------------------------------------------------------------------------------------------------
+
+    fn handle_icmp(
+        &mut self,
+        ingress: IngressId,
+        view: &PacketView<'_>,
+        message: &IcmpView<'_>,
+        world: &mut dyn World,
+    ) -> Judgement {
+        match message.message {
+            IcmpMessage::EchoRequest(echo) => self.handle_echo(ingress, view, echo, world),
+            IcmpMessage::Error {
+                error: IcmpError::PacketTooBig { mtu },
+                quoted: Some(quoted),
+            } => {
+                // The quoted packet is one of ours, from the target to the client.
+                let flow = quoted
+                    .ports
+                    .filter(|_| quoted.protocol == 6)
+                    .and_then(|(source, destination)| {
+                        let target = SocketAddr::new(quoted.source, source);
+                        let client = SocketAddr::new(quoted.destination, destination);
+                        self.flows.find(&FlowKey::Tcp {
+                            ingress,
+                            client,
+                            target,
+                        })
+                    });
+                let Some(id) = flow else {
+                    return self.drop_packet(DropReason::IcmpType, None, None, world);
+                };
+                if let Some(Flow::Tcp(flow)) = self.flows.get_mut(id) {
+                    flow.handle_path_mtu(mtu);
+                }
+                Judgement {
+                    dropped: None,
+                    rule: None,
+                    flow: Some(id),
+                }
+            }
+            IcmpMessage::Error { .. } | IcmpMessage::EchoReply(_) | IcmpMessage::Other { .. } => {
+                self.drop_packet(DropReason::IcmpType, None, None, world)
+            }
+        }
+    }
+
+    fn handle_echo(
+        &mut self,
+        ingress: IngressId,
+        view: &PacketView<'_>,
+        echo: Echo<'_>,
+        world: &mut dyn World,
+    ) -> Judgement {
+        let client = SocketAddr::new(view.source(), echo.identifier);
+        let target = SocketAddr::new(view.destination(), 0);
+        let decision = self.policy.decide(ingress, Protocol::Icmp, client, target);
+        let (route, _) = match self.route(decision, ingress, target, view, Unreachable::Prohibited, world) {
+            Ok(route) => route,
+            Err(judgement) => return judgement,
+        };
+        let key = FlowKey::Icmp {
+            ingress,
+            client: client.ip(),
+            identifier: echo.identifier,
+            target: target.ip(),
+            route,
+        };
+        let id = match self.find_session(
+            key,
+            (ingress, Protocol::Icmp, client, target),
+            route,
+            decision,
+            world,
+        ) {
+            Ok(id) => id,
+            Err(judgement) => return judgement,
+        };
+        if let Some(Flow::Session(session)) = self.flows.get_mut(id) {
+            session.on_sent(target, echo.payload.len(), &self.config, self.now);
+        }
+        let hop_limit = view.hop_limit() - 1;
+        world.upstream(
+            id,
+            UpstreamCommand::Echo {
+                sequence: echo.sequence,
+                payload: echo.payload,
+                hop_limit,
+            },
+        );
+        Judgement {
+            dropped: None,
+            rule: Some(decision.rule),
+            flow: Some(id),
+        }
+    }
+
+    // ---- upstream ----------------------------------------------------------------------------------------------
+
+    fn handle_upstream(&mut self, id: FlowId, event: UpstreamEvent<'_>, world: &mut dyn World) {
+        match self.flows.get_mut(id) {
+            Some(Flow::Tcp(_)) => self.handle_tcp_upstream(id, event, world),
+            Some(Flow::Session(_)) => self.handle_session_upstream(id, event, world),
+            None => {}
+        }
+    }
+
+    fn handle_tcp_upstream(&mut self, id: FlowId, event: UpstreamEvent<'_>, world: &mut dyn World) {
+        let Some(Flow::Tcp(flow)) = self.flows.get_mut(id) else {
+            return;
+        };
+        let is_connecting = flow.is_connecting();
+        match event {
+            UpstreamEvent::Connected if is_connecting => {
+                let mut cx = Context {
+                    now: self.now,
+                    config: &self.config,
+                    hasher: &self.hasher,
+                    arena: &mut self.arena,
+                    scratch: &mut self.scratch,
+                    world,
+                };
+                if flow.handle_connected(id, self.tcp_flows, &mut cx) {
+                    self.half_open -= 1;
+                    mark_dirty(&mut self.dirty, id, flow);
+                } else {
+                    flow.refusal().send(flow.ingress, Some(id), world);
+                    self.end(id, CloseReason::BufferLimit, world);
+                }
+            }
+            UpstreamEvent::Failed(error) if is_connecting => self.refuse_tcp(id, error, world),
+            UpstreamEvent::Reset if is_connecting => self.refuse_tcp(id, UpstreamError::Refused, world),
+            UpstreamEvent::Reset | UpstreamEvent::Failed(_) => {
+                flow.forget_upstream();
+                self.abort_tcp(id, false, world);
+                self.end(id, CloseReason::UpstreamReset, world);
+            }
+            UpstreamEvent::ReadClosed => {
+                flow.handle_read_closed(self.now);
+                mark_dirty(&mut self.dirty, id, flow);
+            }
+            UpstreamEvent::Connected
+            | UpstreamEvent::Datagram { .. }
+            | UpstreamEvent::EchoReply { .. }
+            | UpstreamEvent::Error { .. } => {}
+        }
+    }
+
+    /// Tells the client what became of its SYN, in the way the target or a router would have.
+    fn refuse_tcp(&mut self, id: FlowId, error: UpstreamError, world: &mut dyn World) {
+        let Some(Flow::Tcp(flow)) = self.flows.get_mut(id) else {
+            return;
+        };
+        flow.forget_upstream();
+        match error {
+            UpstreamError::Refused | UpstreamError::Egress | UpstreamError::Exhausted => {
+                flow.refusal().send(flow.ingress, Some(id), world);
+            }
+            UpstreamError::Unreachable(unreachable) => {
+                let error = IcmpError::Unreachable(unreachable);
+                let router = match flow.client {
+                    SocketAddr::V4(_) => self.config.router_v4.into(),
+                    SocketAddr::V6(_) => self.config.router_v6.into(),
+                };
+                let (ingress, client) = (flow.ingress, flow.client.ip());
+                let syn = flow.syn_packet();
+                if let Ok(message) = Datagram::icmp_error(router, client, error, syn.bytes()) {
+                    message.send(
+                        world,
+                        self.config.mtu,
+                        ingress,
+                        Some(id),
+                        &mut self.identification,
+                    );
+                }
+            }
+            // Silence is what the client would have met.
+            UpstreamError::TimedOut => {}
+        }
+        self.end(id, CloseReason::ConnectFailed(error), world);
+    }
+
+    fn handle_session_upstream(&mut self, id: FlowId, event: UpstreamEvent<'_>, world: &mut dyn World) {
+        match event {
+            UpstreamEvent::Datagram {
+                source,
+                payload,
+                segment_size,
+            } => {
+                self.deliver_datagram(id, source, payload, segment_size, world);
+            }
+            UpstreamEvent::EchoReply { sequence, payload } => self.deliver_echo(id, sequence, payload, world),
+            UpstreamEvent::Error {
+                target,
+                reporter,
+                error,
+            } => {
+                self.deliver_error(id, target, reporter, error, world);
+            }
+            UpstreamEvent::Failed(error) => {
+                if let Some(Flow::Session(session)) = self.flows.get_mut(id) {
+                    let target = session.target;
+                    let unreachable = IcmpError::Unreachable(match error {
+                        UpstreamError::Unreachable(unreachable) => unreachable,
+                        UpstreamError::Refused => Unreachable::Port,
+                        UpstreamError::TimedOut | UpstreamError::Egress | UpstreamError::Exhausted => {
+                            Unreachable::Host
+                        }
+                    });
+                    self.deliver_error(id, target, None, unreachable, world);
+                    self.end(id, CloseReason::ConnectFailed(error), world);
+                }
+            }
+            UpstreamEvent::Connected | UpstreamEvent::ReadClosed | UpstreamEvent::Reset => {}
+        }
+    }
+
+    /// Sends a datagram from outside to the session's client, if lists and filter let it in.
+    fn deliver_datagram(
+        &mut self,
+        id: FlowId,
+        source: SocketAddr,
+        payload: &[u8],
+        segment_size: Option<NonZeroU16>,
+        world: &mut dyn World,
+    ) {
+        let Some(Flow::Session(session)) = self.flows.get_mut(id) else {
+            return;
+        };
+        if session.protocol != Protocol::Udp {
+            return;
+        }
+        let (ingress, client) = (session.ingress, session.client);
+        let admitted = session.admit(source, &self.config);
+        let built = admitted.and_then(|seen| {
+            if let Some((reason, rule)) = self.judge(source.ip(), client.ip(), Some(17), Some(client.port()))
+            {
+                self.drop_packet(reason, Some(rule), Some(id), world);
+                return Ok(None);
+            }
+            Datagram::udp(seen, client, payload, segment_size).map(Some)
+        });
+        match built {
+            Ok(Some(datagram)) => {
+                datagram.send(
+                    world,
+                    self.config.mtu,
+                    ingress,
+                    Some(id),
+                    &mut self.identification,
+                );
+                self.note_delivery(id, payload.len());
+            }
+            Ok(None) => {}
+            Err(reason) => {
+                self.drop_packet(reason, None, Some(id), world);
+            }
+        }
+    }
+
+    fn deliver_echo(&mut self, id: FlowId, sequence: u16, payload: &[u8], world: &mut dyn World) {
+        let Some(Flow::Session(session)) = self.flows.get_mut(id) else {
+            return;
+        };
+        if session.protocol != Protocol::Icmp {
+            return;
+        }
+        let (ingress, client, target) = (session.ingress, session.client, session.target);
+        if let Some((reason, rule)) = self.judge(target.ip(), client.ip(), Some(1), None) {
+            self.drop_packet(reason, Some(rule), Some(id), world);
+            return;
+        }
+        let echo = Echo {
+            identifier: client.port(),
+            sequence,
+            payload,
+        };
+        match Datagram::echo_reply(target.ip(), client.ip(), echo) {
+            Ok(reply) => {
+                reply.send(
+                    world,
+                    self.config.mtu,
+                    ingress,
+                    Some(id),
+                    &mut self.identification,
+                );
+                self.note_delivery(id, payload.len());
+            }
+            Err(reason) => {
+                self.drop_packet(reason, None, Some(id), world);
+            }
+        }
+    }
+
+    fn note_delivery(&mut self, id: FlowId, len: usize) {
+        if let Some(Flow::Session(session)) = self.flows.get_mut(id) {
+            session.on_received(len, self.now);
+        }
+        self.sessions.touch(&mut self.flows, id);
+    }
+
+    fn deliver_error(
+        &mut self,
+        id: FlowId,
+        target: SocketAddr,
+        reporter: Option<IpAddr>,
+        error: IcmpError,
+        world: &mut dyn World,
+    ) {
+        let Some(Flow::Session(session)) = self.flows.get_mut(id) else {
+            return;
+        };
+        let target = match session.route {
+            Route::Redirect { target, .. } => target,
+            Route::Direct | Route::Egress(_) => target,
+        };
+        let reporter = reporter.unwrap_or(target.ip());
+        let report = ErrorReport {
+            session,
+            target,
+            reporter,
+            error,
+        };
+        report.send(id, self.config.mtu, &mut self.identification, world);
+    }
+
+    // ---- turns and ends ----------------------------------------------------------------------------------------
+
+    fn expire(&mut self, world: &mut dyn World) {
+        while let Some((at, id)) = self.timers.pop(self.now) {
+            match self.flows.get_mut(id) {
+                Some(Flow::Tcp(flow)) => {
+                    if Timers::is_current(&mut flow.queued, at) {
+                        mark_dirty(&mut self.dirty, id, flow);
+                    }
+                }
+                Some(Flow::Session(session)) => {
+                    let is_current = Timers::is_current(&mut session.queued, at);
+                    let expires = session.expires();
+                    if expires <= self.now {
+                        self.end(id, CloseReason::IdleTimeout, world);
+                    } else if is_current {
+                        self.timers
+                            .schedule(&mut session.queued, id, expires, WakeReason::Session);
+                    }
+                }
+                None => {}
+            }
+        }
+        let mut expired = 0;
+        self.reassembler.expire(self.now, || expired += 1);
+        for _ in 0..expired {
+            self.drop_packet(DropReason::FragmentTimeout, None, None, world);
+        }
+        if self.policy_due.is_some_and(|due| due <= self.now) {
+            self.review(world);
+        }
+    }
+
+    fn next_deadline(&self) -> Option<Deadline> {
+        let reassembly = self.reassembler.next_deadline().map(|at| Deadline {
+            at,
+            reason: WakeReason::Reassembly,
+        });
+        let policy = self.policy_due.map(|at| Deadline {
+            at,
+            reason: WakeReason::Policy,
+        });
+        [self.timers.next(), reassembly, policy]
+            .into_iter()
+            .flatten()
+            .min_by_key(|deadline| deadline.at)
+    }
+
+    fn give_turn(&mut self, id: FlowId, world: &mut dyn World) -> Room {
+        let Some(Flow::Tcp(flow)) = self.flows.get_mut(id) else {
+            return Room::Some;
+        };
+        flow.dirty = false;
+        let mut cx = Context {
+            now: self.now,
+            config: &self.config,
+            hasher: &self.hasher,
+            arena: &mut self.arena,
+            scratch: &mut self.scratch,
+            world,
+        };
+        match flow.take_turn(id, &mut cx) {
+            Turn::Rest(until) => self.timers.schedule(&mut flow.queued, id, until, WakeReason::Tcp),
+            Turn::More => mark_dirty(&mut self.dirty, id, flow),
+            Turn::Blocked => {
+                flow.dirty = true;
+                return Room::None;
+            }
+            Turn::Lingering(until) => {
+                self.timers.schedule(&mut flow.queued, id, until, WakeReason::Tcp);
+                self.account_end(id, CloseReason::Finished, world);
+                let lingering = self.flows.len() - self.sessions.len() - self.tcp_flows;
+                if lingering > self.config.limits.flows as usize {
+                    self.flows.remove(id);
+                }
+            }
+            Turn::Forgotten => {
+                self.flows.remove(id);
+            }
+            Turn::Ended(reason) => self.end(id, reason, world),
+        }
+        Room::Some
+    }
+
+    /// Sends a TCP flow's client what its window takes and an RST, or nothing if `silent`. For other flows, nothing.
+    fn abort_tcp(&mut self, id: FlowId, silent: bool, world: &mut dyn World) {
+        let Some(Flow::Tcp(flow)) = self.flows.get_mut(id) else {
+            return;
+        };
+        if flow.is_connecting() && !silent {
+            flow.refusal().send(flow.ingress, Some(id), world);
+        }
+        let mut cx = Context {
+            now: self.now,
+            config: &self.config,
+            hasher: &self.hasher,
+            arena: &mut self.arena,
+            scratch: &mut self.scratch,
+            world,
+        };
+        flow.abort(silent, &mut cx);
+    }
+
+    /// Ends a flow: tells the upstream, accounts for it, and lets go of it.
+    fn end(&mut self, id: FlowId, reason: CloseReason, world: &mut dyn World) {
+        match self.flows.get_mut(id) {
+            Some(Flow::Tcp(flow)) => {
+                if !flow.is_time_wait() {
+                    flow.abort_upstream(id, world);
+                    self.account_end(id, reason, world);
+                }
+                if let Some(Flow::Tcp(flow)) = self.flows.remove(id) {
+                    flow.release(&mut self.arena);
+                }
+            }
+            Some(Flow::Session(session)) => {
+                let (to_upstream, to_client) = (session.to_upstream, session.to_client);
+                world.upstream(id, UpstreamCommand::Close);
+                self.counters.on_close(reason);
+                world.event(&Event::Closed {
+                    flow: id,
+                    reason,
+                    to_upstream,
+                    to_client,
+                });
+                self.sessions.remove(&mut self.flows, id);
+                self.flows.remove(id);
+            }
+            None => {}
+        }
+    }
+
+    /// Notes the end of a TCP flow, which may linger in TIME-WAIT.
+    fn account_end(&mut self, id: FlowId, reason: CloseReason, world: &mut dyn World) {
+        let Some(Flow::Tcp(flow)) = self.flows.get_mut(id) else {
+            return;
+        };
         if flow.is_connecting() {
             self.half_open -= 1;
         }
-        if !flow.is_time_wait() {
-            self.account_end(id, &flow, reason.unwrap_or(CloseReason::Finished), world);
-        }
+        self.tcp_flows -= 1;
         self.clients.subtract(flow.ingress, flow.client.ip());
-        flow.release(&mut self.arena);
+        self.counters.on_close(reason);
+        let (to_upstream, to_client) = flow.delivered();
+        world.event(&Event::Closed {
+            flow: id,
+            reason,
+            to_upstream,
+            to_client,
+        });
     }
+}
 
-    fn account_end(&mut self, id: FlowId, flow: &TcpFlow, reason: CloseReason, world: &mut dyn World) {
-        let _ = (id, flow, reason, world);
+/// Whether the device takes more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Room {
+    Some,
+    None,
+}
+
+fn mark_dirty(dirty: &mut VecDeque<FlowId>, id: FlowId, flow: &mut TcpFlow) {
+    if !flow.dirty {
+        flow.dirty = true;
+        dirty.push_back(id);
     }
 }

@@ -10,6 +10,7 @@ use crate::policy::{Action, RuleRef};
 
 /// One entry of the engine's ordered event stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "fields are named for what they hold")]
 pub enum Event {
     /// A packet was dropped.
     Dropped {

@@ -22,11 +22,25 @@ pub(crate) enum Flow {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum FlowKey {
     /// A TCP connection: the 4-tuple.
-    Tcp { ingress: IngressId, client: SocketAddr, target: SocketAddr },
+    Tcp {
+        ingress: IngressId,
+        client: SocketAddr,
+        target: SocketAddr,
+    },
     /// A UDP mapping: endpoint-independent (RFC 4787, REQ-1), so the target is no part of it.
-    Udp { ingress: IngressId, client: SocketAddr, route: Route },
+    Udp {
+        ingress: IngressId,
+        client: SocketAddr,
+        route: Route,
+    },
     /// An echo session: identifier and both addresses (RFC 5508).
-    Icmp { ingress: IngressId, client: IpAddr, identifier: u16, target: IpAddr, route: Route },
+    Icmp {
+        ingress: IngressId,
+        client: IpAddr,
+        identifier: u16,
+        target: IpAddr,
+        route: Route,
+    },
 }
 
 /// The way out of a datagram session. Two targets with different ways out need two upstream sockets.
@@ -53,7 +67,10 @@ impl KeyHasher {
 
     /// The keyed hash of the bytes that `write` packs.
     fn hash(&self, write: impl FnOnce(&mut Packed)) -> u64 {
-        let mut packed = Packed { bytes: [0; 96], len: 0 };
+        let mut packed = Packed {
+            bytes: [0; 96],
+            len: 0,
+        };
         write(&mut packed);
         let mut hasher = SipHasher13::new_with_keys(self.keys.0, self.keys.1);
         hasher.write(&packed.bytes[..packed.len]);
@@ -62,19 +79,33 @@ impl KeyHasher {
 
     pub(crate) fn flow(&self, key: &FlowKey) -> u64 {
         self.hash(|packed| match *key {
-            FlowKey::Tcp { ingress, client, target } => {
+            FlowKey::Tcp {
+                ingress,
+                client,
+                target,
+            } => {
                 packed.put(&[0]);
                 packed.put(&ingress.0.to_le_bytes());
                 packed.endpoint(client);
                 packed.endpoint(target);
             }
-            FlowKey::Udp { ingress, client, route } => {
+            FlowKey::Udp {
+                ingress,
+                client,
+                route,
+            } => {
                 packed.put(&[1]);
                 packed.put(&ingress.0.to_le_bytes());
                 packed.endpoint(client);
                 packed.route(route);
             }
-            FlowKey::Icmp { ingress, client, identifier, target, route } => {
+            FlowKey::Icmp {
+                ingress,
+                client,
+                identifier,
+                target,
+                route,
+            } => {
                 packed.put(&[2]);
                 packed.put(&ingress.0.to_le_bytes());
                 packed.endpoint(SocketAddr::new(client, identifier));
@@ -158,28 +189,54 @@ struct Slot<F> {
 
 impl<F> FlowTable<F> {
     pub(crate) fn new(shard: ShardId, hasher: KeyHasher) -> Self {
-        Self { shard, hasher, slots: Vec::new(), free: Vec::new(), by_key: HashTable::new() }
+        Self {
+            shard,
+            hasher,
+            slots: Vec::new(),
+            free: Vec::new(),
+            by_key: HashTable::new(),
+        }
     }
 
     /// Finds the flow with this key.
     pub(crate) fn find(&self, key: &FlowKey) -> Option<FlowId> {
-        let slot = *self.by_key.find(self.hasher.flow(key), |&slot| self.key_at(slot) == key)?;
-        Some(FlowId::new(self.shard, self.slots[slot as usize].generation, slot))
+        let slot = *self
+            .by_key
+            .find(self.hasher.flow(key), |&slot| self.key_at(slot) == key)?;
+        Some(FlowId::new(
+            self.shard,
+            self.slots[slot as usize].generation,
+            slot,
+        ))
     }
 
     /// Puts a flow in under a key that is not in use.
     pub(crate) fn insert(&mut self, key: FlowKey, flow: F) -> FlowId {
         let slot = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(Slot { generation: 0, entry: None });
+            self.slots.push(Slot {
+                generation: 0,
+                entry: None,
+            });
             (self.slots.len() - 1) as u32
         });
         let place = &mut self.slots[slot as usize];
         debug_assert!(place.entry.is_none());
         place.entry = Some((key, flow));
         let id = FlowId::new(self.shard, place.generation, slot);
-        let Self { hasher, slots, by_key, .. } = self;
+        let Self {
+            hasher,
+            slots,
+            by_key,
+            ..
+        } = self;
         by_key.insert_unique(hasher.flow(&key), slot, |&slot| {
-            hasher.flow(&slots[slot as usize].entry.as_ref().expect("indexed slots are in use").0)
+            hasher.flow(
+                &slots[slot as usize]
+                    .entry
+                    .as_ref()
+                    .expect("indexed slots are in use")
+                    .0,
+            )
         });
         id
     }
@@ -217,13 +274,20 @@ impl<F> FlowTable<F> {
     /// The ids of all flows by slot: for changes of policy, not for packets.
     pub(crate) fn ids(&self) -> Vec<FlowId> {
         let of = |(slot, place): (usize, &Slot<F>)| {
-            place.entry.is_some().then(|| FlowId::new(self.shard, place.generation, slot as u32))
+            place
+                .entry
+                .is_some()
+                .then(|| FlowId::new(self.shard, place.generation, slot as u32))
         };
         self.slots.iter().enumerate().filter_map(of).collect()
     }
 
     fn key_at(&self, slot: u32) -> &FlowKey {
-        &self.slots[slot as usize].entry.as_ref().expect("indexed slots are in use").0
+        &self.slots[slot as usize]
+            .entry
+            .as_ref()
+            .expect("indexed slots are in use")
+            .0
     }
 }
 
@@ -235,12 +299,17 @@ pub(crate) struct ClientCounts {
 
 impl ClientCounts {
     pub(crate) fn new(hasher: KeyHasher) -> Self {
-        Self { hasher, counts: HashTable::new() }
+        Self {
+            hasher,
+            counts: HashTable::new(),
+        }
     }
 
     pub(crate) fn of(&self, ingress: IngressId, client: IpAddr) -> u32 {
         let hash = self.hasher.client(ingress, client);
-        self.counts.find(hash, |entry| (entry.0, entry.1) == (ingress, client)).map_or(0, |entry| entry.2)
+        self.counts
+            .find(hash, |entry| (entry.0, entry.1) == (ingress, client))
+            .map_or(0, |entry| entry.2)
     }
 
     pub(crate) fn add(&mut self, ingress: IngressId, client: IpAddr) {
@@ -249,14 +318,19 @@ impl ClientCounts {
         match counts.find_mut(hash, |entry| (entry.0, entry.1) == (ingress, client)) {
             Some(entry) => entry.2 += 1,
             None => {
-                counts.insert_unique(hash, (ingress, client, 1), |entry| hasher.client(entry.0, entry.1));
+                counts.insert_unique(hash, (ingress, client, 1), |entry| {
+                    hasher.client(entry.0, entry.1)
+                });
             }
         }
     }
 
     pub(crate) fn subtract(&mut self, ingress: IngressId, client: IpAddr) {
         let hash = self.hasher.client(ingress, client);
-        if let Ok(mut entry) = self.counts.find_entry(hash, |entry| (entry.0, entry.1) == (ingress, client)) {
+        if let Ok(mut entry) = self
+            .counts
+            .find_entry(hash, |entry| (entry.0, entry.1) == (ingress, client))
+        {
             entry.get_mut().2 -= 1;
             if entry.get().2 == 0 {
                 entry.remove();
@@ -311,7 +385,10 @@ mod tests {
     fn an_id_of_another_shard_is_no_ones() {
         let mut table = table();
         let id = table.insert(key(1), 1);
-        assert_eq!(table.get_mut(FlowId::new(ShardId(4), id.generation(), id.slot())), None);
+        assert_eq!(
+            table.get_mut(FlowId::new(ShardId(4), id.generation(), id.slot())),
+            None
+        );
     }
 
     #[test]

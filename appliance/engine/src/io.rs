@@ -52,6 +52,7 @@ pub enum ChecksumState {
 
 /// News about an upstream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "fields are named for what they hold")]
 pub enum UpstreamEvent<'a> {
     /// The TCP connection is established.
     Connected,
@@ -110,6 +111,7 @@ pub enum Unreachable {
 
 /// An ICMP error, of either version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[expect(missing_docs, reason = "fields are named for what they hold")]
 pub enum IcmpError {
     /// Destination unreachable.
     Unreachable(Unreachable),
@@ -122,6 +124,7 @@ pub enum IcmpError {
 /// What the engine wants done with an upstream. After [`UpstreamCommand::Close`] or [`UpstreamCommand::Abort`]
 /// the flow has none, and no more commands follow for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "fields are named for what they hold")]
 pub enum UpstreamCommand<'a> {
     /// Open one: connect for TCP (answer with `Connected` or `Failed`), a socket for UDP and ICMP (no answer).
     Open(Open),

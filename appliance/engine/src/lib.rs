@@ -6,12 +6,15 @@
 
 pub mod addr;
 pub mod config;
+mod counters;
 mod engine;
 pub mod event;
+mod flow;
 mod hash;
 pub mod io;
 pub mod packet;
 pub mod policy;
+pub mod reassembly;
 mod relay;
 mod session;
 pub mod shard;
@@ -21,6 +24,7 @@ mod timers;
 
 pub use addr::{FlowId, IngressId, Protocol, ShardId};
 pub use config::Config;
+pub use counters::Counters;
 pub use engine::Engine;
 pub use event::{CloseReason, DropReason, Event};
 pub use io::{Input, Judgement, PacketIn, World, step};

@@ -5,8 +5,6 @@
 //! itself out, and the flow costs what a flow without one costs. Each side counts its own offsets: bytes read from the
 //! client's buffer are not the bytes the upstream is given when an inspector adds some.
 
-use crate::sniff::{Sniffed, Sniffer};
-
 /// Looks at a client's bytes before the upstream gets them.
 pub(crate) trait Inspector: Send {
     /// Is shown the bytes that wait, the first of which follows the last that passed, and says what to do.
@@ -43,7 +41,10 @@ pub(crate) struct Relay {
 impl Relay {
     /// A relay stage with an inspector.
     pub(crate) fn inspected_by(inspector: Box<dyn Inspector>) -> Self {
-        Self { inspector: Some(inspector), ..Self::default() }
+        Self {
+            inspector: Some(inspector),
+            ..Self::default()
+        }
     }
 
     /// Bytes that the upstream has been given.
@@ -63,7 +64,12 @@ impl Relay {
 
     /// Lends what may pass of `bytes`, the client's bytes that wait. Returns how many of `bytes` are done with, and how
     /// many bytes the upstream took.
-    pub(crate) fn lend(&mut self, bytes: &[u8], is_last: bool, take: impl FnOnce(&[u8]) -> usize) -> (usize, usize) {
+    pub(crate) fn lend(
+        &mut self,
+        bytes: &[u8],
+        is_last: bool,
+        take: impl FnOnce(&[u8]) -> usize,
+    ) -> (usize, usize) {
         if let Some(inspector) = &mut self.inspector
             && bytes.len() > self.passed
         {
@@ -83,7 +89,11 @@ impl Relay {
             self.given += taken as u64;
             return (0, taken);
         }
-        let may_pass = if self.inspector.is_some() { self.passed } else { bytes.len() };
+        let may_pass = if self.inspector.is_some() {
+            self.passed
+        } else {
+            bytes.len()
+        };
         if may_pass == 0 {
             return (0, 0);
         }
@@ -91,24 +101,5 @@ impl Relay {
         self.passed = self.passed.saturating_sub(taken);
         self.given += taken as u64;
         (taken, taken)
-    }
-}
-
-/// Finds the server's name in a client's first bytes; holds nothing back.
-pub(crate) struct NameWatcher(Sniffer);
-
-impl NameWatcher {
-    pub(crate) fn new() -> Self {
-        Self(Sniffer::new())
-    }
-}
-
-impl Inspector for NameWatcher {
-    fn inspect(&mut self, bytes: &[u8], _is_last: bool) -> Inspection {
-        match self.0.push(bytes) {
-            Sniffed::More => Inspection::Pass,
-            Sniffed::Name(name) => Inspection::Done { before: Vec::new(), name: Some(name) },
-            Sniffed::Nothing => Inspection::Done { before: Vec::new(), name: None },
-        }
     }
 }

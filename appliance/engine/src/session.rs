@@ -120,7 +120,11 @@ impl Session {
     /// The source that the client is to see of something that came from `source`; or why it may not see it.
     pub(crate) fn admit(&self, source: SocketAddr, config: &Config) -> Result<SocketAddr, DropReason> {
         if let Route::Redirect { to, target } = self.route {
-            return if source == to { Ok(target) } else { Err(DropReason::Filtered) };
+            return if source == to {
+                Ok(target)
+            } else {
+                Err(DropReason::Filtered)
+            };
         }
         match config.udp_filtering {
             Filtering::EndpointIndependent => Ok(source),
@@ -149,11 +153,20 @@ pub(crate) struct ErrorReport<'a> {
 impl ErrorReport<'_> {
     /// Tells the client, quoting the header of a packet like the one it sent.
     pub(crate) fn send(&self, id: FlowId, mtu: u16, identification: &mut u32, world: &mut dyn World) {
-        let Session { ingress, protocol, client, .. } = *self.session;
+        let Session {
+            ingress,
+            protocol,
+            client,
+            ..
+        } = *self.session;
         let (source, target) = (client.ip(), self.target);
         let quoted = match protocol {
             Protocol::Icmp => {
-                let echo = Echo { identifier: client.port(), sequence: 0, payload: &[] };
+                let echo = Echo {
+                    identifier: client.port(),
+                    sequence: 0,
+                    payload: &[],
+                };
                 Datagram::echo_request(source, target.ip(), echo)
             }
             Protocol::Udp | Protocol::Tcp => Datagram::udp(client, target, &[], None),

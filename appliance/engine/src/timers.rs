@@ -55,7 +55,9 @@ impl Timers {
 
     /// The earliest entry.
     pub(crate) fn next(&self) -> Option<Deadline> {
-        self.heap.peek().map(|&Reverse((at, _, reason))| Deadline { at, reason })
+        self.heap
+            .peek()
+            .map(|&Reverse((at, _, reason))| Deadline { at, reason })
     }
 }
 
@@ -92,6 +94,9 @@ mod tests {
         assert_eq!(timers.pop(at(5)), Some((at(5), flow)));
         assert!(Timers::is_current(&mut queued, at(5)));
         assert_eq!(timers.pop(at(10)), Some((at(10), flow)));
-        assert!(!Timers::is_current(&mut queued, at(10)), "the superseded entry is stale");
+        assert!(
+            !Timers::is_current(&mut queued, at(10)),
+            "the superseded entry is stale"
+        );
     }
 }

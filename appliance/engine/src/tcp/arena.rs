@@ -89,7 +89,11 @@ impl Buffer {
 
 impl Arena {
     pub(crate) fn new(budget: u64) -> Self {
-        Self { budget, used: 0, classes: Default::default() }
+        Self {
+            budget,
+            used: 0,
+            classes: Default::default(),
+        }
     }
 
     /// Takes two buffers of the largest class that is neither above `wanted` bytes nor above what the budget has
@@ -104,7 +108,11 @@ impl Arena {
 
     /// Takes a socket's buffers back.
     pub(crate) fn give_back(&mut self, sockets: Sockets) {
-        let Sockets { set, handle: _, buffers } = sockets;
+        let Sockets {
+            set,
+            handle: _,
+            buffers,
+        } = sockets;
         drop(set);
         for buffer in buffers {
             self.used -= buffer.len() as u64;
@@ -130,7 +138,11 @@ impl Arena {
         if *next + stride > REGION {
             (*region, *next) = fresh();
         }
-        let buffer = Buffer { region: Arc::clone(region), offset: *next, class: class as u8 };
+        let buffer = Buffer {
+            region: Arc::clone(region),
+            offset: *next,
+            class: class as u8,
+        };
         *next += stride;
         buffer
     }
@@ -153,7 +165,11 @@ impl Sockets {
         let socket = Socket::new(SocketBuffer::new(receive_bytes), SocketBuffer::new(send_bytes));
         let mut set = SocketSet::new(vec![SocketStorage::EMPTY]);
         let handle = set.add(socket);
-        Self { set, handle, buffers: [receive, send] }
+        Self {
+            set,
+            handle,
+            buffers: [receive, send],
+        }
     }
 
     pub(crate) fn set(&mut self) -> &mut SocketSet<'static> {
@@ -181,7 +197,9 @@ mod tests {
     #[test]
     fn buffers_never_overlap_and_come_back() {
         let mut arena = Arena::new(1 << 40);
-        let sockets: Vec<_> = (0..5000).map(|_| arena.socket(16 << 10).expect("in budget")).collect();
+        let sockets: Vec<_> = (0..5000)
+            .map(|_| arena.socket(16 << 10).expect("in budget"))
+            .collect();
         let mut ranges: Vec<_> = sockets
             .iter()
             .flat_map(|sockets| &sockets.buffers)
@@ -194,9 +212,13 @@ mod tests {
             arena.give_back(sockets);
         }
         assert_eq!(arena.used(), 0);
-        let again: Vec<_> = (0..5000).map(|_| arena.socket(16 << 10).expect("in budget")).collect();
+        let again: Vec<_> = (0..5000)
+            .map(|_| arena.socket(16 << 10).expect("in budget"))
+            .collect();
         let lowest = again.iter().flat_map(|sockets| &sockets.buffers);
-        let lowest = lowest.map(|buffer| buffer.region.0.cast::<u8>().addr() + buffer.offset).min();
+        let lowest = lowest
+            .map(|buffer| buffer.region.0.cast::<u8>().addr() + buffer.offset)
+            .min();
         assert_eq!(lowest, Some(first), "the same memory serves again");
     }
 

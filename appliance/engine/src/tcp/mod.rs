@@ -35,7 +35,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use self::arena::Arena;
-use self::segment::{Control, Syn};
+use self::segment::{Control, Syn, SynPacket};
 use self::stack::{Link, Setup, Stack};
 use crate::addr::{FlowId, IngressId};
 use crate::config::{Config, Timeouts};
@@ -44,7 +44,7 @@ use crate::flow::KeyHasher;
 use crate::io::{UpstreamCommand, World};
 use crate::packet::{PacketView, TcpFlags, TcpView};
 use crate::policy::RuleRef;
-use crate::relay::{NameWatcher, Relay};
+use crate::relay::Relay;
 use crate::time::Timestamp;
 use crate::timers::Queued;
 
@@ -61,8 +61,12 @@ const CHALLENGE_INTERVAL: Duration = Duration::from_secs(1);
 const PACKETS_PER_TURN: usize = 8;
 
 /// Buffer sizes by how many flows there are: large while they are few, for speed; small when they are many, for memory.
-const BUFFERS_BY_LOAD: [(usize, usize); 4] =
-    [(200, 1 << 20), (2_000, 256 << 10), (20_000, 64 << 10), (usize::MAX, 16 << 10)];
+const BUFFERS_BY_LOAD: [(usize, usize); 4] = [
+    (200, 1 << 20),
+    (2_000, 256 << 10),
+    (20_000, 64 << 10),
+    (usize::MAX, 16 << 10),
+];
 
 /// A maximum segment size below this would make more headers than data; Linux's `TCP_MIN_SND_MSS`.
 const SEGMENT_SIZE_MIN: u16 = 48;
@@ -111,7 +115,12 @@ enum Phase {
     /// The client has reset the connection; bytes it sent before are still to be read.
     Reset(Box<Stack>),
     /// Ended, but for a client that repeats its FIN.
-    TimeWait { sequence: u32, acknowledgment: u32, window: u16, until: Timestamp },
+    TimeWait {
+        sequence: u32,
+        acknowledgment: u32,
+        window: u16,
+        until: Timestamp,
+    },
     /// It has ended in the midst of a call; its next turn says so.
     Ended(CloseReason),
 }
@@ -178,8 +187,11 @@ impl TcpFlow {
             challenge_at: Timestamp::ZERO,
             consumed: 0,
             accepted: 0,
-            relay: Relay::inspected_by(Box::new(NameWatcher::new())),
-            upstream: Upstream::Open { eof: false, shut: false },
+            relay: Relay::default(),
+            upstream: Upstream::Open {
+                eof: false,
+                shut: false,
+            },
             readable_told: false,
             room_wanted: true,
             established: false,
@@ -235,7 +247,12 @@ impl TcpFlow {
         self.client_heard = cx.now;
         match &mut self.phase {
             Phase::Connecting => self.handle_while_connecting(segment, cx),
-            Phase::TimeWait { sequence, acknowledgment, window, until } => {
+            Phase::TimeWait {
+                sequence,
+                acknowledgment,
+                window,
+                until,
+            } => {
                 // RFC 1337: a reset does not cut TIME-WAIT short. All else that takes sequence space is a client
                 // that has missed our ACK.
                 if segment.flags.rst() {
@@ -280,9 +297,15 @@ impl TcpFlow {
         segment: &TcpView<'_>,
         cx: &mut Context<'_>,
     ) -> Option<DropReason> {
-        let Phase::Live(stack) = &mut self.phase else { unreachable!("asked of a live flow") };
+        let Phase::Live(stack) = &mut self.phase else {
+            unreachable!("asked of a live flow")
+        };
         let expected = next_expected(&self.syn, self.consumed, stack);
-        let limit = self.syn.sequence.wrapping_add(1).wrapping_add((self.consumed + stack.capacity() as u64) as u32);
+        let limit = self
+            .syn
+            .sequence
+            .wrapping_add(1)
+            .wrapping_add((self.consumed + stack.capacity() as u64) as u32);
         let flags = segment.flags;
         if flags.rst() {
             if segment.sequence == expected {
@@ -317,7 +340,12 @@ impl TcpFlow {
         let end = segment.sequence.wrapping_add(segment.payload.len() as u32);
         let excess = distance(limit, end);
         let keep = if excess > 0 && !segment.payload.is_empty() {
-            let Some(keep) = segment.payload.len().checked_sub(excess as usize).filter(|keep| *keep > 0) else {
+            let Some(keep) = segment
+                .payload
+                .len()
+                .checked_sub(excess as usize)
+                .filter(|keep| *keep > 0)
+            else {
                 // Wholly beyond the buffer: a window probe, or a peer that ignores the window.
                 let ack = (sent, expected, scaled_window(&self.syn, stack));
                 self.send_ack(ack, Some(id), cx);
@@ -375,13 +403,24 @@ impl TcpFlow {
         if !self.is_connecting() {
             return true;
         }
-        let by_load = BUFFERS_BY_LOAD.iter().find(|(below, _)| flows < *below).expect("the last is for any number").1;
-        let Some(sockets) = cx.arena.socket(by_load.min(cx.config.limits.buffer_per_flow as usize)) else {
+        let by_load = BUFFERS_BY_LOAD
+            .iter()
+            .find(|(below, _)| flows < *below)
+            .expect("the last is for any number")
+            .1;
+        let Some(sockets) = cx
+            .arena
+            .socket(by_load.min(cx.config.limits.buffer_per_flow as usize))
+        else {
             return false;
         };
         let header_len = segment::ip_header_len(self.client.ip()) as u16;
         let largest = cx.config.mtu - header_len - segment::TCP_HEADER_LEN as u16;
-        let client_mss = self.syn.max_segment_size.unwrap_or(SEGMENT_SIZE_DEFAULT).max(SEGMENT_SIZE_MIN);
+        let client_mss = self
+            .syn
+            .max_segment_size
+            .unwrap_or(SEGMENT_SIZE_DEFAULT)
+            .max(SEGMENT_SIZE_MIN);
         let link = Link {
             ingress: self.ingress,
             flow: id,
@@ -390,8 +429,14 @@ impl TcpFlow {
             header_len,
             sent: None,
         };
-        let seed = cx.hasher.sequence_seed(self.client, self.target, cx.now.as_nanos());
-        let setup = Setup { clients: cx.config.clients, seed, target: self.target };
+        let seed = cx
+            .hasher
+            .sequence_seed(self.client, self.target, cx.now.as_nanos());
+        let setup = Setup {
+            clients: cx.config.clients,
+            seed,
+            target: self.target,
+        };
         let mut stack = Stack::new(sockets, link, &setup, cx.now);
         let syn = self.syn.packet(self.client, self.target);
         stack.ingress(cx.now, syn.bytes(), cx.world);
@@ -417,7 +462,9 @@ impl TcpFlow {
 
     /// Ends the connection towards the client: sends what its window takes, then RST; or nothing at all if `silent`.
     pub(crate) fn abort(&mut self, silent: bool, cx: &mut Context<'_>) {
-        let Phase::Live(stack) = &mut self.phase else { return };
+        let Phase::Live(stack) = &mut self.phase else {
+            return;
+        };
         if silent {
             return;
         }
@@ -430,6 +477,28 @@ impl TcpFlow {
         if sending.is_err() {
             self.break_down(cx);
         }
+    }
+
+    /// The RST that refuses the SYN.
+    pub(crate) fn refusal(&self) -> Control {
+        Control {
+            source: self.target,
+            destination: self.client,
+            flags: TcpFlags::RST | TcpFlags::ACK,
+            sequence: 0,
+            acknowledgment: self.syn.sequence.wrapping_add(1),
+            window: 0,
+        }
+    }
+
+    /// The SYN that made the flow, as a packet.
+    pub(crate) fn syn_packet(&self) -> SynPacket {
+        self.syn.packet(self.client, self.target)
+    }
+
+    /// The upstream has ended by itself and needs to be told nothing.
+    pub(crate) fn forget_upstream(&mut self) {
+        self.upstream = Upstream::Gone;
     }
 
     /// Tells the upstream to forget the flow, unless it has been told before.
@@ -451,23 +520,13 @@ impl TcpFlow {
         }
     }
 
-    /// Whether `sequence` lies in what was sent and not acknowledged: an ICMP error that quotes another number is
-    /// forged or late (RFC 5927, section 4.1).
-    pub(crate) fn has_in_flight(&self, sequence: u32) -> bool {
-        match &self.phase {
-            Phase::Live(stack) => stack.sent().is_some_and(|sent| {
-                let behind = distance(sequence, sent);
-                behind > 0 && behind as usize <= stack.send_queue() + 1
-            }),
-            Phase::Connecting | Phase::Reset(_) | Phase::TimeWait { .. } | Phase::Ended(_) => false,
-        }
-    }
-
     // ---- lent bytes --------------------------------------------------------------------------------------------
 
     /// Lends bytes from the client; see [`Engine::read`](crate::Engine::read).
     pub(crate) fn read(&mut self, now: Timestamp, take: impl FnOnce(&[u8]) -> usize) -> usize {
-        let (Phase::Live(stack) | Phase::Reset(stack)) = &mut self.phase else { return 0 };
+        let (Phase::Live(stack) | Phase::Reset(stack)) = &mut self.phase else {
+            return 0;
+        };
         if stack.receive_queue() == 0 && !self.relay.has_bytes_before() {
             self.readable_told = false;
             return 0;
@@ -497,7 +556,9 @@ impl TcpFlow {
 
     /// Lends room for bytes to the client; see [`Engine::write`](crate::Engine::write).
     pub(crate) fn write(&mut self, now: Timestamp, fill: impl FnOnce(&mut [u8]) -> usize) -> usize {
-        let Phase::Live(stack) = &mut self.phase else { return 0 };
+        let Phase::Live(stack) = &mut self.phase else {
+            return 0;
+        };
         if stack.room() == 0 {
             self.room_wanted = true;
             return 0;
@@ -560,7 +621,9 @@ impl TcpFlow {
     /// After everything has been sent: whether the flow has ended, or when to come back.
     fn end_of_turn(&mut self, id: FlowId, cx: &mut Context<'_>) -> Turn {
         self.tell(id, cx);
-        let Phase::Live(stack) = &mut self.phase else { unreachable!("only live flows send") };
+        let Phase::Live(stack) = &mut self.phase else {
+            unreachable!("only live flows send")
+        };
         if self.upstream == Upstream::Gone && stack.is_finished() {
             if !stack.is_time_wait() {
                 return Turn::Ended(CloseReason::Finished);
@@ -569,7 +632,12 @@ impl TcpFlow {
             let sequence = stack.sent().expect("a finished connection has sent its FIN");
             let window = scaled_window(&self.syn, stack);
             let until = cx.now + TIME_WAIT;
-            let time_wait = Phase::TimeWait { sequence, acknowledgment, window, until };
+            let time_wait = Phase::TimeWait {
+                sequence,
+                acknowledgment,
+                window,
+                until,
+            };
             if let Phase::Live(stack) = std::mem::replace(&mut self.phase, time_wait) {
                 cx.arena.give_back(stack.into_sockets());
             }
@@ -589,12 +657,16 @@ impl TcpFlow {
         if let Some(name) = self.relay.take_name() {
             cx.world.event(&Event::Named { flow: id, name });
         }
-        let (Phase::Live(stack) | Phase::Reset(stack)) = &mut self.phase else { return };
+        let (Phase::Live(stack) | Phase::Reset(stack)) = &mut self.phase else {
+            return;
+        };
         if !self.established && stack.is_synchronized() {
             self.established = true;
             cx.world.event(&Event::Established { flow: id });
         }
-        let Upstream::Open { eof, shut } = &mut self.upstream else { return };
+        let Upstream::Open { eof, shut } = &mut self.upstream else {
+            return;
+        };
         let waits = stack.receive_queue() > 0 || self.relay.has_bytes_before();
         if waits && !self.readable_told {
             self.readable_told = true;
@@ -621,21 +693,36 @@ impl TcpFlow {
             Phase::TimeWait { until, .. } => (*until, CloseReason::Finished),
             Phase::Reset(_) => (self.since + RESET_LINGER, CloseReason::ClientReset),
             Phase::Ended(reason) => (Timestamp::MAX, *reason),
-            Phase::Live(_) if !self.established => (self.since + timeouts.handshake, CloseReason::HandshakeTimeout),
+            Phase::Live(_) if !self.established => {
+                (self.since + timeouts.handshake, CloseReason::HandshakeTimeout)
+            }
             Phase::Live(stack) => {
                 let is_half_closed =
                     stack.has_client_fin() || !matches!(self.upstream, Upstream::Open { eof: false, .. });
                 let silence = if is_half_closed {
-                    (self.last_byte + timeouts.half_close, CloseReason::HalfCloseTimeout)
+                    (
+                        self.last_byte + timeouts.half_close,
+                        CloseReason::HalfCloseTimeout,
+                    )
                 } else {
-                    (self.last_byte.max(self.client_heard) + timeouts.tcp_idle, CloseReason::IdleTimeout)
+                    (
+                        self.last_byte.max(self.client_heard) + timeouts.tcp_idle,
+                        CloseReason::IdleTimeout,
+                    )
                 };
                 let unanswered = if stack.has_unacknowledged() {
-                    (self.client_heard.max(self.outstanding_since) + timeouts.unacknowledged, CloseReason::ClientUnresponsive)
+                    (
+                        self.client_heard.max(self.outstanding_since) + timeouts.unacknowledged,
+                        CloseReason::ClientUnresponsive,
+                    )
                 } else {
                     (Timestamp::MAX, CloseReason::ClientUnresponsive)
                 };
-                if unanswered.0 < silence.0 { unanswered } else { silence }
+                if unanswered.0 < silence.0 {
+                    unanswered
+                } else {
+                    silence
+                }
             }
         }
     }
@@ -654,7 +741,11 @@ impl TcpFlow {
             return;
         }
         self.challenge_at = cx.now + CHALLENGE_INTERVAL;
-        let ack = (sent, next_expected(&self.syn, self.consumed, stack), scaled_window(&self.syn, stack));
+        let ack = (
+            sent,
+            next_expected(&self.syn, self.consumed, stack),
+            scaled_window(&self.syn, stack),
+        );
         self.send_ack(ack, Some(id), cx);
     }
 
@@ -689,7 +780,11 @@ fn next_expected(syn: &Syn, consumed: u64, stack: &Stack) -> u32 {
 
 /// The window as a segment of ours carries it, by the scale that the SYN-ACK announced.
 fn scaled_window(syn: &Syn, stack: &Stack) -> u16 {
-    let shift = if syn.window_scale.is_some() { window_shift(stack.capacity()) } else { 0 };
+    let shift = if syn.window_scale.is_some() {
+        window_shift(stack.capacity())
+    } else {
+        0
+    };
     u16::try_from(stack.window() >> shift).unwrap_or(u16::MAX)
 }
 

@@ -45,7 +45,14 @@ impl Control {
             let end = segment.sequence.wrapping_add(segment.sequence_len());
             (TcpFlags::RST | TcpFlags::ACK, 0, end)
         };
-        Self { source: target, destination: client, flags, sequence, acknowledgment, window: 0 }
+        Self {
+            source: target,
+            destination: client,
+            flags,
+            sequence,
+            acknowledgment,
+            window: 0,
+        }
     }
 
     /// Sends it to the client.
@@ -161,20 +168,23 @@ impl Syn {
             window: self.window,
         };
         let total = ip_header_len(client.ip()) + TCP_HEADER_LEN + len;
-        let mut packet = SynPacket { bytes: [0; 72], len: total };
+        let mut packet = SynPacket {
+            bytes: [0; 72],
+            len: total,
+        };
         control.write(&mut packet.bytes[..total], &options[..len]);
         packet
     }
 }
 
 /// A SYN as an IP packet.
-pub(super) struct SynPacket {
+pub(crate) struct SynPacket {
     bytes: [u8; 72],
     len: usize,
 }
 
 impl SynPacket {
-    pub(super) fn bytes(&self) -> &[u8] {
+    pub(crate) fn bytes(&self) -> &[u8] {
         &self.bytes[..self.len]
     }
 }
@@ -200,12 +210,18 @@ pub(super) fn finish(packet: &mut [u8], header_len: u16, announced_mss: u16) -> 
         IPV4_HEADER_LEN => &ip[12..20],
         _ => &ip[8..40],
     };
-    let sum = checksum::add(checksum::sum(addresses), checksum::pseudo_len(PROTOCOL_TCP, tcp_len));
+    let sum = checksum::add(
+        checksum::sum(addresses),
+        checksum::pseudo_len(PROTOCOL_TCP, tcp_len),
+    );
     tcp[16..18].copy_from_slice(&sum.to_be_bytes());
     let payload_len = tcp_len - tcp_header_len;
     let sequence = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
     let controls = u32::from(flags.syn()) + u32::from(flags.fin());
-    Sent { end: sequence.wrapping_add(payload_len as u32).wrapping_add(controls), payload_len }
+    Sent {
+        end: sequence.wrapping_add(payload_len as u32).wrapping_add(controls),
+        payload_len,
+    }
 }
 
 /// Writes over the maximum segment size in a SYN's options.

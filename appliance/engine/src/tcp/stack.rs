@@ -48,7 +48,6 @@ pub(super) struct Link {
 }
 
 /// One TCP endpoint towards a client.
-#[derive(Debug)]
 pub(super) struct Stack {
     interface: Interface,
     sockets: Sockets,
@@ -77,22 +76,43 @@ impl Stack {
             Clients::Local => CongestionControl::None,
             Clients::Routed => CongestionControl::Cubic,
         });
-        let endpoint =
-            IpListenEndpoint { addr: Some(IpAddress::from(setup.target.ip())), port: setup.target.port() };
-        socket.listen(endpoint).expect("a fresh socket listens on a port other than 0");
-        Self { interface, sockets, link }
+        let endpoint = IpListenEndpoint {
+            addr: Some(IpAddress::from(setup.target.ip())),
+            port: setup.target.port(),
+        };
+        socket
+            .listen(endpoint)
+            .expect("a fresh socket listens on a port other than 0");
+        Self {
+            interface,
+            sockets,
+            link,
+        }
     }
 
     /// Gives it a segment, as an IP packet without IPv6 extension headers, of which nothing lies beyond the buffer.
     pub(super) fn ingress(&mut self, now: Timestamp, packet: &[u8], world: &mut dyn World) {
-        let mut port = Port { packet: Some(packet), link: &mut self.link, world, forced: true };
-        self.interface.poll_ingress_single(instant(now), &mut port, self.sockets.set());
+        let mut port = Port {
+            packet: Some(packet),
+            link: &mut self.link,
+            world,
+            forced: true,
+        };
+        self.interface
+            .poll_ingress_single(instant(now), &mut port, self.sockets.set());
     }
 
     /// Lets it send one packet, if it has one and the device has room or `forced`. Returns whether it sent.
     pub(super) fn egress(&mut self, now: Timestamp, forced: bool, world: &mut dyn World) -> bool {
-        let mut port = Port { packet: None, link: &mut self.link, world, forced };
-        self.interface.poll_egress(instant(now), &mut port, self.sockets.set()) != PollResult::None
+        let mut port = Port {
+            packet: None,
+            link: &mut self.link,
+            world,
+            forced,
+        };
+        self.interface
+            .poll_egress(instant(now), &mut port, self.sockets.set())
+            != PollResult::None
     }
 
     /// When its timers want it polled; a time not after `now` means at once.
@@ -124,7 +144,11 @@ impl Stack {
     /// Room for bytes to the client.
     pub(super) fn room(&self) -> usize {
         let socket = self.sockets.socket();
-        if socket.may_send() { socket.send_capacity() - socket.send_queue() } else { 0 }
+        if socket.may_send() {
+            socket.send_capacity() - socket.send_queue()
+        } else {
+            0
+        }
     }
 
     /// Size of each buffer.
@@ -251,11 +275,20 @@ impl Device for Port<'_> {
 
     fn receive(&mut self, _: Instant) -> Option<(Receive<'_>, Transmit<'_>)> {
         let packet = self.packet.take()?;
-        Some((Receive(packet), Transmit { link: self.link, world: self.world }))
+        Some((
+            Receive(packet),
+            Transmit {
+                link: self.link,
+                world: self.world,
+            },
+        ))
     }
 
     fn transmit(&mut self, _: Instant) -> Option<Transmit<'_>> {
-        (self.forced || self.world.has_room()).then_some(Transmit { link: self.link, world: self.world })
+        (self.forced || self.world.has_room()).then_some(Transmit {
+            link: self.link,
+            world: self.world,
+        })
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
@@ -342,7 +375,9 @@ impl Link {
     fn finish(&mut self, packet: &mut [u8]) -> PacketOut {
         let sent = segment::finish(packet, self.header_len, self.announced_mss);
         // The highest, by serial number arithmetic: a retransmission ends below it.
-        let is_higher = self.sent.is_none_or(|highest| sent.end.wrapping_sub(highest) as i32 > 0);
+        let is_higher = self
+            .sent
+            .is_none_or(|highest| sent.end.wrapping_sub(highest) as i32 > 0);
         if is_higher {
             self.sent = Some(sent.end);
         }
@@ -352,7 +387,11 @@ impl Link {
             flow: Some(self.flow),
             header_len: self.header_len,
             partial_checksum: Some(TCP_CHECKSUM_OFFSET),
-            segment_size: if is_super { NonZeroU16::new(self.segment_size) } else { None },
+            segment_size: if is_super {
+                NonZeroU16::new(self.segment_size)
+            } else {
+                None
+            },
         }
     }
 }
