@@ -21,7 +21,9 @@
 //!   a challenge ACK (RFC 5961, section 3.2), outside it is dropped.
 //! - A SYN on a live connection is answered by a challenge ACK (RFC 5961, section 4.2); in TIME-WAIT it makes a new flow.
 //!
-//! Whatever panics all the same ends its own flow only.
+//! Whatever panics all the same ends its own flow only. And where the stack forgets its retransmission timer (an ACK
+//! that closes the window with data in flight replaces it by the zero-window timer, which the window's reopening stops),
+//! duplicate ACKs of our making remind it.
 //!
 //! Timers are the engine's: handshake, idle, half-close (from the last byte on), and how long the client may leave
 //! something unacknowledged. TIME-WAIT needs no stack: the flow remembers two sequence numbers for ten seconds.
@@ -56,6 +58,9 @@ const RESET_LINGER: Duration = Duration::from_secs(10);
 
 /// Challenge ACKs are at least this far apart (RFC 5961, section 7).
 const CHALLENGE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A stack with data in flight and no timer is reminded after this long, its least retransmission timeout.
+const REMIND_AFTER: Duration = Duration::from_secs(1);
 
 /// What one flow may send before the next has its turn.
 const PACKETS_PER_TURN: usize = 8;
@@ -95,6 +100,10 @@ pub(crate) struct TcpFlow {
     outstanding_since: Timestamp,
     /// When a challenge ACK may be sent again.
     challenge_at: Timestamp,
+    /// The latest acknowledgment and window the client has sent.
+    client_ack: (u32, u16),
+    /// When to remind the stack of data in flight that it has no timer for.
+    remind_at: Option<Timestamp>,
     /// Bytes of the client that have left the receive buffer.
     consumed: u64,
     /// Bytes put into the send buffer.
@@ -185,6 +194,8 @@ impl TcpFlow {
             last_byte: now,
             outstanding_since: now,
             challenge_at: Timestamp::ZERO,
+            client_ack: (0, 0),
+            remind_at: None,
             consumed: 0,
             accepted: 0,
             relay: Relay::default(),
@@ -362,6 +373,9 @@ impl TcpFlow {
         } else {
             packet.bytes()
         };
+        if !self.established || distance(self.client_ack.0, segment.acknowledgment) >= 0 {
+            self.client_ack = (segment.acknowledgment, segment.window);
+        }
         let received = stack.receive_queue();
         let had_fin = stack.has_client_fin();
         let world = &mut *cx.world;
@@ -643,13 +657,46 @@ impl TcpFlow {
             }
             return Turn::Lingering(until);
         }
-        let due = stack.poll_at(cx.now);
+        let mut due = stack.poll_at(cx.now);
+        self.remind_at = match self.remind_at {
+            _ if due.is_some() || stack.send_queue() == 0 => None,
+            None => Some(cx.now + REMIND_AFTER),
+            Some(at) if at <= cx.now => {
+                self.remind(cx);
+                return Turn::More;
+            }
+            later => later,
+        };
+        due = due.or(self.remind_at);
         if due.is_some_and(|due| due <= cx.now) && !cx.world.has_room() {
             return Turn::Blocked;
         }
         // Nothing was left to send a moment ago: "at once" would be a timer that cannot do what it is for.
         let due = due.map_or(Timestamp::MAX, |due| due.max(cx.now + Duration::from_millis(1)));
         Turn::Rest(due.min(self.limit(&cx.config.timeouts).0))
+    }
+
+    /// Feeds the stack what makes it retransmit: three duplicates of the client's last ACK (RFC 5681, section 3.2),
+    /// behind two with different windows, which make it count from zero.
+    fn remind(&mut self, cx: &mut Context<'_>) {
+        self.remind_at = None;
+        let Phase::Live(stack) = &mut self.phase else {
+            return;
+        };
+        let (acknowledgment, window) = self.client_ack;
+        let expected = next_expected(&self.syn, self.consumed, stack);
+        let world = &mut *cx.world;
+        for window in [window ^ 1, window, window, window, window] {
+            let ack = Control {
+                source: self.client,
+                destination: self.target,
+                flags: TcpFlags::ACK,
+                sequence: expected,
+                acknowledgment,
+                window,
+            };
+            stack.ingress(cx.now, ack.packet(cx.scratch), world);
+        }
     }
 
     /// Tells the driver, once each: established, bytes wait, there is room, the client has closed, it is over.

@@ -69,6 +69,14 @@ impl Control {
         });
     }
 
+    /// The packet, written into `into`.
+    pub(super) fn packet<'a>(&self, into: &'a mut Vec<u8>) -> &'a [u8] {
+        into.clear();
+        into.resize(ip_header_len(self.source.ip()) + TCP_HEADER_LEN, 0);
+        self.write(into, &[]);
+        into
+    }
+
     /// Writes the packet; the checksum field holds the pseudo-header's sum. `options` is padded to words.
     fn write(&self, packet: &mut [u8], options: &[u8]) {
         let tcp = write_ip_header(packet, self.source.ip(), self.destination.ip());

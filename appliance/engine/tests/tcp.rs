@@ -1,0 +1,797 @@
+//! TCP flows as a client sees them, and the traps that a stack per flow has to keep clear of.
+
+mod support;
+
+use std::time::Duration;
+
+use support::*;
+use tungate_engine::io::{Unreachable, UpstreamError, UpstreamEvent};
+use tungate_engine::policy::{Action, PolicySpec, Rule, RuleMatch};
+use tungate_engine::{CloseReason, Config, DropReason, Event};
+
+fn closed(rig: &mut Rig) -> Vec<CloseReason> {
+    let reason = |event| {
+        if let Event::Closed { reason, .. } = event {
+            Some(reason)
+        } else {
+            None
+        }
+    };
+    rig.events().into_iter().filter_map(reason).collect()
+}
+
+// ---- set-up --------------------------------------------------------------------------------------------------------
+
+#[test]
+fn the_syn_ack_waits_for_the_upstream() {
+    for (client, target) in [(CLIENT, TARGET), (CLIENT6, TARGET6)] {
+        let mut rig = Rig::new();
+        let client = Client::new(client, target);
+        let flow = rig.packet(&client.syn()).flow.expect("accepted");
+        assert!(
+            matches!(rig.commands()[..], [Command::Open(open)] if open.target == client.target && open.client == client.address)
+        );
+        rig.pass(Duration::from_secs(5));
+        assert_eq!(rig.segments(), []);
+        rig.upstream(flow, UpstreamEvent::Connected);
+        let syn_ack = rig.segment();
+        assert_eq!(syn_ack.flags, SYN | ACK);
+        assert_eq!(syn_ack.acknowledgment, client.sequence + 1);
+        let headers = if client.address.is_ipv4() { 40 } else { 60 };
+        assert_eq!(syn_ack.max_segment_size, Some(1500 - headers));
+        assert!(syn_ack.window_scale.is_some());
+    }
+}
+
+#[test]
+fn repeated_syns_open_one_upstream() {
+    let mut rig = Rig::new();
+    let client = Client::new(CLIENT, TARGET);
+    let first = rig.packet(&client.syn());
+    for _ in 0..3 {
+        assert_eq!(rig.packet(&client.syn()), first);
+    }
+    assert_eq!(rig.commands().len(), 1);
+    assert_eq!(rig.engine.open_flows(), 1);
+}
+
+#[test]
+fn a_client_without_options_gets_none() {
+    let mut rig = Rig::new();
+    let client = Client::new(CLIENT, TARGET);
+    let flow = rig.packet(&client.syn_with(&[])).flow.expect("accepted");
+    rig.upstream(flow, UpstreamEvent::Connected);
+    assert_eq!(rig.segment().window_scale, None);
+}
+
+#[test]
+fn refused_upstream_resets_the_client() {
+    let mut rig = Rig::new();
+    let client = Client::new(CLIENT, TARGET);
+    let flow = rig.packet(&client.syn()).flow.expect("accepted");
+    rig.upstream(flow, UpstreamEvent::Failed(UpstreamError::Refused));
+    let reset = rig.segment();
+    assert_eq!(
+        (reset.flags, reset.sequence, reset.acknowledgment),
+        (RST | ACK, 0, client.sequence + 1)
+    );
+    assert_eq!(
+        closed(&mut rig),
+        [CloseReason::ConnectFailed(UpstreamError::Refused)]
+    );
+    assert_eq!(rig.engine.open_flows(), 0);
+}
+
+#[test]
+fn unreachable_upstream_is_told_by_icmp() {
+    // (family, ICMP type and code for "host unreachable": RFC 792 and RFC 4443)
+    for (client, target, protocol, kind, code) in [(CLIENT, TARGET, 1, 3, 1), (CLIENT6, TARGET6, 58, 1, 3)] {
+        let mut rig = Rig::new();
+        let client = Client::new(client, target);
+        let flow = rig.packet(&client.syn()).flow.expect("accepted");
+        rig.upstream(
+            flow,
+            UpstreamEvent::Failed(UpstreamError::Unreachable(Unreachable::Host)),
+        );
+        let sent = rig.sent();
+        let ip = etherparse::SlicedPacket::from_ip(&sent[0].1).expect("sound");
+        let payload = ip
+            .net
+            .as_ref()
+            .and_then(|net| net.ip_payload_ref())
+            .expect("an IP packet");
+        assert_eq!(payload.ip_number.0, protocol);
+        assert_eq!(payload.payload[..2], [kind, code]);
+        let quoted =
+            etherparse::LaxSlicedPacket::from_ip(&payload.payload[8..]).expect("quotes an IP packet");
+        let Some(etherparse::TransportSlice::Tcp(tcp)) = quoted.transport else {
+            panic!("quotes the SYN")
+        };
+        assert_eq!(
+            (tcp.source_port(), tcp.destination_port()),
+            (client.address.port(), client.target.port())
+        );
+        assert_eq!(tcp.sequence_number(), client.sequence);
+    }
+}
+
+#[test]
+fn silent_upstream_is_met_by_silence() {
+    let mut rig = Rig::new();
+    rig.packet(&Client::new(CLIENT, TARGET).syn());
+    rig.commands();
+    rig.pass(Duration::from_secs(129));
+    assert_eq!(rig.engine.open_flows(), 1);
+    rig.pass(Duration::from_secs(1));
+    assert_eq!(rig.sent(), []);
+    assert_eq!(rig.commands(), [Command::Abort]);
+    assert_eq!(closed(&mut rig), [CloseReason::ConnectTimeout]);
+}
+
+#[test]
+fn rejected_flows_are_reset_and_dropped_ones_are_not() {
+    for (action, answers) in [(Action::Reject, 1), (Action::Drop, 0)] {
+        let rule = Rule {
+            name: "no".into(),
+            matches: RuleMatch::default(),
+            action,
+        };
+        let mut rig = Rig::with(
+            Config::default(),
+            PolicySpec {
+                rules: vec![rule],
+                ..PolicySpec::default()
+            },
+        );
+        assert!(rig.packet(&Client::new(CLIENT, TARGET).syn()).dropped.is_some());
+        assert_eq!(rig.commands(), []);
+        assert_eq!(rig.segments().len(), answers);
+    }
+}
+
+#[test]
+fn a_client_that_resets_the_syn_ack_ends_the_flow() {
+    let mut rig = Rig::new();
+    let mut client = Client::new(CLIENT, TARGET);
+    let flow = rig.packet(&client.syn()).flow.expect("accepted");
+    rig.upstream(flow, UpstreamEvent::Connected);
+    rig.segment();
+    client.sequence += 1;
+    rig.commands();
+    rig.packet(&client.segment(RST, &[]));
+    assert_eq!(rig.commands(), [Command::Abort]);
+    assert_eq!(closed(&mut rig), [CloseReason::ClientReset]);
+}
+
+#[test]
+fn a_handshake_that_is_not_finished_ends() {
+    let mut rig = Rig::new();
+    let client = Client::new(CLIENT, TARGET);
+    let flow = rig.packet(&client.syn()).flow.expect("accepted");
+    rig.upstream(flow, UpstreamEvent::Connected);
+    rig.commands();
+    rig.pass(Duration::from_secs(15));
+    let segments = rig.segments();
+    assert!(segments.len() > 2, "the SYN-ACK is repeated");
+    assert!(
+        segments[..segments.len() - 1]
+            .iter()
+            .all(|segment| segment.flags == SYN | ACK)
+    );
+    assert_eq!(segments[segments.len() - 1].flags & RST, RST);
+    assert_eq!(rig.commands(), [Command::Abort]);
+    assert_eq!(closed(&mut rig), [CloseReason::HandshakeTimeout]);
+}
+
+#[test]
+fn a_split_handshake_is_refused() {
+    let mut rig = Rig::new();
+    let mut client = Client::new(CLIENT, TARGET);
+    let flow = rig.packet(&client.syn()).flow.expect("accepted");
+    rig.upstream(flow, UpstreamEvent::Connected);
+    client.expected = rig.segment().sequence.wrapping_add(1);
+    assert_eq!(
+        rig.packet(&client.segment(SYN | ACK, &[])).dropped,
+        Some(DropReason::SplitHandshake)
+    );
+    assert_eq!(rig.segment().flags, RST);
+}
+
+#[test]
+fn a_stray_segment_is_reset() {
+    let mut rig = Rig::new();
+    let mut client = Client::new(CLIENT, TARGET);
+    client.expected = 77;
+    assert_eq!(
+        rig.packet(&client.segment(ACK, b"x")).dropped,
+        Some(DropReason::NoFlow)
+    );
+    let reset = rig.segment();
+    assert_eq!((reset.flags, reset.sequence), (RST, 77));
+    assert_eq!(
+        rig.packet(&client.segment(RST, &[])).dropped,
+        Some(DropReason::NoFlow)
+    );
+    assert_eq!(rig.segments(), [], "a reset is not answered");
+}
+
+// ---- data ----------------------------------------------------------------------------------------------------------
+
+#[test]
+fn bytes_pass_both_ways() {
+    for (client, target) in [(CLIENT, TARGET), (CLIENT6, TARGET6)] {
+        let mut rig = Rig::new();
+        let (mut client, flow) = Client::open(client, target, &mut rig);
+        client.send(&mut rig, b"GET / HTTP/1.0\r\n\r\n");
+        assert_eq!(rig.commands(), [Command::Readable]);
+        assert_eq!(rig.read_all(flow), b"GET / HTTP/1.0\r\n\r\n");
+        assert_eq!(rig.segment().acknowledgment, client.sequence);
+        assert_eq!(rig.write(flow, b"HTTP/1.0 200 OK\r\n"), 17);
+        assert_eq!(client.receive(&mut rig).0, b"HTTP/1.0 200 OK\r\n");
+    }
+}
+
+#[test]
+fn bulk_data_leaves_in_super_packets_of_whole_segments() {
+    for (client, target, mss, header_len) in [(CLIENT, TARGET, 1460, 40), (CLIENT6, TARGET6, 1440, 60)] {
+        let mut rig = Rig::new();
+        let (mut client, flow) = Client::open(client, target, &mut rig);
+        let data = pattern(900_000);
+        let mut given = rig.write(flow, &data);
+        let mut received = Vec::new();
+        let mut largest = 0;
+        while received.len() < data.len() {
+            let sent = std::mem::take(&mut rig.world.packets);
+            for (out, bytes) in &sent {
+                assert!(
+                    bytes.len() + 14 < 65_536,
+                    "the kernel would split {} bytes again",
+                    bytes.len()
+                );
+                let payload = bytes.len() - header_len;
+                if payload > mss {
+                    assert_eq!(
+                        out.segment_size.map(|size| usize::from(size.get())),
+                        Some(mss.min(1460))
+                    );
+                }
+                largest = largest.max(payload);
+            }
+            rig.world.packets = sent;
+            let (bytes, _) = client.receive(&mut rig);
+            assert!(!bytes.is_empty(), "stuck after {} bytes", received.len());
+            received.extend(bytes);
+            given += rig.write(flow, &data[given..]);
+        }
+        assert!(received == data);
+        assert!(largest > 60_000, "the largest was {largest}");
+        assert_eq!(largest % mss, 0);
+    }
+}
+
+#[test]
+fn a_small_segment_size_is_kept_in_bulk() {
+    let mut rig = Rig::new();
+    let mut client = Client::new(CLIENT, TARGET);
+    let syn = client.syn_with(&[
+        etherparse::TcpOptionElement::MaximumSegmentSize(536),
+        etherparse::TcpOptionElement::WindowScale(7),
+    ]);
+    let flow = rig.packet(&syn).flow.expect("accepted");
+    rig.upstream(flow, UpstreamEvent::Connected);
+    client.finish_handshake(&mut rig);
+    let data = pattern(200_000);
+    let mut given = rig.write(flow, &data);
+    let mut received = Vec::new();
+    while received.len() < data.len() {
+        let sent = std::mem::take(&mut rig.world.packets);
+        assert!(!sent.is_empty());
+        for (out, bytes) in sent {
+            let mut whole = bytes.clone();
+            tungate_engine::packet::segments(&mut whole, &out, |packet| assert!(packet.len() <= 40 + 536));
+            rig.world.packets.push((out, bytes));
+        }
+        received.extend(client.receive(&mut rig).0);
+        given += rig.write(flow, &data[given..]);
+    }
+    assert!(received == data);
+}
+
+#[test]
+fn a_super_packet_from_the_client_is_taken_whole() {
+    let mut rig = Rig::new();
+    let (mut client, flow) = Client::open(CLIENT, TARGET, &mut rig);
+    let data = pattern(65_495);
+    assert_eq!(client.send(&mut rig, &data).dropped, None);
+    assert!(rig.read_all(flow) == data);
+}
+
+#[test]
+fn a_full_device_loses_nothing() {
+    let mut rig = Rig::new();
+    let (mut client, flow) = Client::open(CLIENT, TARGET, &mut rig);
+    let data = pattern(300_000);
+    let mut given = 0;
+    let mut received = Vec::new();
+    for turn in 0.. {
+        rig.world.full = turn % 3 != 0;
+        given += rig.write(flow, &data[given..]);
+        if rig.world.full {
+            assert_eq!(rig.sent().iter().filter(|(_, bytes)| bytes.len() > 60).count(), 0);
+        }
+        received.extend(client.receive(&mut rig).0);
+        if received.len() == data.len() {
+            break;
+        }
+        assert!(turn < 100, "stuck after {} bytes", received.len());
+    }
+    assert!(received == data);
+}
+
+#[test]
+fn a_slow_upstream_closes_the_window_and_opens_it_again() {
+    let mut rig = Rig::new();
+    let (mut client, flow) = Client::open(CLIENT, TARGET, &mut rig);
+    let capacity = 1 << 20;
+    let data = pattern(capacity);
+    for chunk in data.chunks(32_768) {
+        assert_eq!(client.send(&mut rig, chunk).dropped, None);
+    }
+    assert_eq!(rig.segments().last().map(|ack| ack.window), Some(0));
+    // A probe beyond the window is answered, and not taken.
+    assert_eq!(
+        rig.packet(&client.segment(ACK, b"!")).dropped,
+        Some(DropReason::TcpWindow)
+    );
+    let answer = rig.segment();
+    assert_eq!((answer.window, answer.acknowledgment), (0, client.sequence));
+    assert!(rig.read_all(flow) == data);
+    let update = rig.segment();
+    assert!(update.window > 0, "the client hears that it may go on");
+    assert_eq!(client.send(&mut rig, b"!").dropped, None);
+    assert_eq!(rig.read_all(flow), b"!");
+}
+
+#[test]
+fn holes_beyond_what_the_stack_remembers_are_filled_by_retransmission() {
+    let mut rig = Rig::new();
+    let (client, flow) = Client::open(CLIENT, TARGET, &mut rig);
+    let data = pattern(80 * 100);
+    let piece = |rig: &mut Rig, index: usize| {
+        let at = client.sequence.wrapping_add(index as u32 * 100);
+        rig.packet(&client.segment_at(at, ACK, &data[index * 100..][..100]));
+    };
+    for index in (1..80).step_by(2) {
+        piece(&mut rig, index); // forty holes
+    }
+    for index in 0..80 {
+        piece(&mut rig, index);
+    }
+    assert!(rig.read_all(flow) == data);
+}
+
+// ---- the window guard ------------------------------------------------------------------------------------------------
+
+/// What the guard is for: if this test fails, smoltcp is mended and the guard may go.
+#[test]
+fn the_stack_alone_panics_when_its_first_window_is_ignored() {
+    use smoltcp::iface::{Config, Interface, SocketSet};
+    use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
+    use smoltcp::socket::tcp::{Socket, SocketBuffer};
+    use smoltcp::time::Instant;
+    use smoltcp::wire::HardwareAddress;
+
+    struct Wire(Option<Vec<u8>>, Vec<Vec<u8>>);
+    struct In(Vec<u8>);
+    struct Out<'a>(&'a mut Vec<Vec<u8>>);
+    impl RxToken for In {
+        fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
+            f(&self.0)
+        }
+    }
+    impl TxToken for Out<'_> {
+        fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
+            let mut packet = vec![0; len];
+            let result = f(&mut packet);
+            self.0.push(packet);
+            result
+        }
+    }
+    impl Device for Wire {
+        type RxToken<'a> = In;
+        type TxToken<'a> = Out<'a>;
+        fn receive(&mut self, _: Instant) -> Option<(In, Out<'_>)> {
+            self.0.take().map(|packet| (In(packet), Out(&mut self.1)))
+        }
+        fn transmit(&mut self, _: Instant) -> Option<Out<'_>> {
+            Some(Out(&mut self.1))
+        }
+        fn capabilities(&self) -> DeviceCapabilities {
+            let mut capabilities = DeviceCapabilities::default();
+            capabilities.medium = Medium::Ip;
+            capabilities.max_transmission_unit = 65_535;
+            capabilities
+        }
+    }
+
+    let outcome = std::panic::catch_unwind(|| {
+        let mut wire = Wire(None, Vec::new());
+        let now = Instant::from_secs(1);
+        let mut interface = Interface::new(Config::new(HardwareAddress::Ip), &mut wire, now);
+        interface.set_any_ip(true);
+        let buffer = || SocketBuffer::new(vec![0; 65_536]);
+        let mut socket = Socket::new(buffer(), buffer());
+        let mut client = Client::new(CLIENT, TARGET);
+        socket
+            .listen((client.target.ip(), client.target.port()))
+            .expect("listens");
+        let mut sockets = SocketSet::new(vec![]);
+        sockets.add(socket);
+        let mut feed = |packet: Vec<u8>| {
+            wire.0 = Some(packet);
+            interface.poll_ingress_single(now, &mut wire, &mut sockets);
+            interface.poll_egress(now, &mut wire, &mut sockets);
+            wire.1.pop()
+        };
+        let syn_ack = feed(client.syn())
+            .and_then(|packet| Segment::parse(&packet))
+            .expect("answers");
+        client.sequence += 1;
+        client.expected = syn_ack.sequence.wrapping_add(1);
+        let beyond = client.sequence.wrapping_add(65_000);
+        feed(client.segment(ACK, &pattern(65_000)));
+        feed(client.segment_at(beyond, ACK, &pattern(65_000)));
+    });
+    // With debug assertions an earlier one fires; either way the process would be gone.
+    assert!(outcome.is_err(), "smoltcp holds: look at the guard again");
+}
+
+#[test]
+fn a_client_that_ignores_the_window_hurts_only_itself() {
+    for capacity in [16 << 10, 64 << 10, 256 << 10, 1 << 20_u32] {
+        let mut config = Config::default();
+        config.limits.buffer_per_flow = capacity;
+        let mut rig = Rig::with(config, PolicySpec::default());
+        let (client, flow) = Client::open(CLIENT, TARGET, &mut rig);
+        let data = pattern(4 << 20);
+        let mut at = 0;
+        while at < data.len() {
+            let len = 65_000.min(data.len() - at);
+            let sequence = client.sequence.wrapping_add(at as u32);
+            rig.packet(&client.segment_at(sequence, ACK, &data[at..at + len]));
+            at += len;
+        }
+        let received = rig.read_all(flow);
+        assert_eq!(
+            received.len(),
+            capacity as usize,
+            "what the buffer holds is taken"
+        );
+        assert!(received == data[..received.len()]);
+        assert_eq!(rig.engine.counters().drops(DropReason::Internal), 0);
+    }
+}
+
+#[test]
+fn acknowledging_what_was_never_sent_changes_nothing() {
+    let mut rig = Rig::new();
+    let (mut client, flow) = Client::open(CLIENT, TARGET, &mut rig);
+    client.window = 10; // 1,280 bytes by its scale
+    rig.packet(&client.segment(ACK, &[]));
+    rig.write(flow, &pattern(10_000));
+    let sent: usize = rig.segments().iter().map(|segment| segment.payload.len()).sum();
+    assert_eq!(sent, 1_280);
+    let honest = client.expected;
+    client.expected = honest.wrapping_add(5_000);
+    assert_eq!(
+        rig.packet(&client.segment(ACK, &[])).dropped,
+        Some(DropReason::TcpWindow)
+    );
+    client.expected = honest.wrapping_add(1_280);
+    client.window = 65_535;
+    rig.segments();
+    rig.packet(&client.segment(ACK, &[]));
+    assert_eq!(client.receive(&mut rig).0, pattern(10_000)[1_280..]);
+}
+
+// ---- resets and SYNs on a live connection ----------------------------------------------------------------------------
+
+#[test]
+fn a_forged_reset_outside_the_window_changes_nothing() {
+    let mut rig = Rig::new();
+    let (mut client, flow) = Client::open(CLIENT, TARGET, &mut rig);
+    for off in [1u32, 1_000, 70_000, 1 << 30, 1 << 31, u32::MAX, u32::MAX - 1_000] {
+        let forged = client.segment_at(client.sequence.wrapping_add(off), RST, &[]);
+        assert_eq!(
+            rig.packet(&forged).dropped,
+            Some(DropReason::TcpWindow),
+            "offset {off}"
+        );
+    }
+    let challenges = rig.segments();
+    assert!(
+        challenges.iter().all(|segment| segment.flags == ACK),
+        "RFC 5961: a challenge ACK, no more"
+    );
+    assert_eq!(challenges.len(), 1, "and those are limited");
+    client.send(&mut rig, b"still here");
+    assert_eq!(rig.read_all(flow), b"still here");
+}
+
+#[test]
+fn a_reset_delivers_what_came_before_it() {
+    let mut rig = Rig::new();
+    let (mut client, flow) = Client::open(CLIENT, TARGET, &mut rig);
+    client.send(&mut rig, b"last words");
+    rig.packet(&client.segment(RST | ACK, &[]));
+    assert_eq!(rig.commands(), [Command::Readable], "not yet aborted");
+    assert_eq!(rig.read_all(flow), b"last words");
+    assert_eq!(rig.commands(), [Command::Abort]);
+    assert_eq!(closed(&mut rig), [CloseReason::ClientReset]);
+    assert_eq!(rig.engine.buffer_bytes(), 0);
+}
+
+#[test]
+fn a_reset_does_not_wait_for_a_stalled_upstream_for_ever() {
+    let mut rig = Rig::new();
+    let (mut client, _) = Client::open(CLIENT, TARGET, &mut rig);
+    client.send(&mut rig, b"last words");
+    rig.packet(&client.segment(RST | ACK, &[]));
+    rig.pass(Duration::from_secs(10));
+    assert_eq!(rig.commands(), [Command::Readable, Command::Abort]);
+    assert_eq!(rig.engine.open_flows(), 0);
+}
+
+#[test]
+fn upstream_reset_sends_what_came_before_and_resets_the_client() {
+    let mut rig = Rig::new();
+    let (client, flow) = Client::open(CLIENT, TARGET, &mut rig);
+    rig.engine.write(rig.now, flow, |space| {
+        space[..3].copy_from_slice(b"bye");
+        3
+    });
+    rig.upstream(flow, UpstreamEvent::Reset);
+    let segments = rig.segments();
+    assert_eq!(segments[0].payload, b"bye");
+    assert_eq!(segments[1].flags & RST, RST);
+    assert_eq!(segments[1].sequence, client.expected.wrapping_add(3));
+    assert_eq!(rig.commands(), [], "the upstream knows");
+    assert_eq!(closed(&mut rig), [CloseReason::UpstreamReset]);
+    assert_eq!(rig.engine.buffer_bytes(), 0);
+}
+
+#[test]
+fn a_syn_on_a_live_connection_is_challenged() {
+    let mut rig = Rig::new();
+    let (client, _) = Client::open(CLIENT, TARGET, &mut rig);
+    let again = Client {
+        sequence: client.sequence + 100_000,
+        ..client.clone()
+    };
+    rig.packet(&again.syn());
+    let challenge = rig.segment();
+    assert_eq!(
+        (challenge.flags, challenge.acknowledgment),
+        (ACK, client.sequence)
+    );
+    // A client that has forgotten the connection answers with a reset at just that number.
+    rig.packet(&client.segment_at(challenge.acknowledgment, RST, &[]));
+    assert_eq!(closed(&mut rig), [CloseReason::ClientReset]);
+    assert!(rig.packet(&again.syn()).dropped.is_none());
+    assert!(matches!(rig.commands()[..], [Command::Abort, Command::Open(_)]));
+}
+
+// ---- ends ------------------------------------------------------------------------------------------------------------
+
+#[test]
+fn client_closes_first_and_data_still_flows_back() {
+    let mut rig = Rig::new();
+    let (mut client, flow) = Client::open(CLIENT, TARGET, &mut rig);
+    client.send(&mut rig, b"question");
+    client.finish(&mut rig);
+    assert_eq!(
+        rig.commands(),
+        [Command::Readable],
+        "not before all bytes are read"
+    );
+    assert_eq!(rig.read_all(flow), b"question");
+    assert_eq!(rig.commands(), [Command::CloseWrite]);
+    rig.segments();
+    rig.write(flow, b"answer");
+    assert_eq!(client.receive(&mut rig), (b"answer".to_vec(), false));
+    rig.upstream(flow, UpstreamEvent::ReadClosed);
+    assert_eq!(rig.commands(), [Command::Close]);
+    assert_eq!(client.receive(&mut rig), (vec![], true));
+    assert_eq!(closed(&mut rig), [CloseReason::Finished]);
+    assert_eq!((rig.engine.open_flows(), rig.engine.buffer_bytes()), (0, 0));
+}
+
+#[test]
+fn upstream_closes_first_and_data_still_flows_forth() {
+    let mut rig = Rig::new();
+    let (mut client, flow) = Client::open(CLIENT, TARGET, &mut rig);
+    rig.write(flow, b"banner");
+    rig.upstream(flow, UpstreamEvent::ReadClosed);
+    assert_eq!(client.receive(&mut rig), (b"banner".to_vec(), true));
+    client.send(&mut rig, b"late");
+    assert_eq!(rig.read_all(flow), b"late");
+    client.finish(&mut rig);
+    let commands = rig.commands();
+    assert_eq!(commands, [Command::Readable, Command::CloseWrite, Command::Close]);
+    let events = rig.events();
+    assert!(matches!(
+        events[..],
+        [Event::Closed {
+            reason: CloseReason::Finished,
+            to_upstream: 4,
+            to_client: 6,
+            ..
+        }]
+    ));
+    assert_eq!((rig.engine.open_flows(), rig.engine.buffer_bytes()), (0, 0));
+}
+
+#[test]
+fn a_lost_last_ack_is_repeated_in_time_wait() {
+    let mut rig = Rig::new();
+    let (mut client, flow) = Client::open(CLIENT, TARGET, &mut rig);
+    rig.upstream(flow, UpstreamEvent::ReadClosed);
+    assert!(client.receive(&mut rig).1);
+    client.finish(&mut rig);
+    let ack = rig.segment();
+    assert_eq!((ack.flags, ack.acknowledgment), (ACK, client.sequence));
+    rig.packet(&client.segment_at(client.sequence - 1, ACK | FIN, &[]));
+    let again = rig.segment();
+    assert_eq!(
+        (again.flags, again.acknowledgment, again.sequence),
+        (ACK, client.sequence, client.expected)
+    );
+    rig.pass(Duration::from_secs(10));
+    assert_eq!(
+        rig.packet(&client.segment(ACK, b"x")).dropped,
+        Some(DropReason::NoFlow),
+        "all forgotten"
+    );
+}
+
+#[test]
+fn a_syn_in_time_wait_makes_a_new_flow() {
+    let mut rig = Rig::new();
+    let (mut client, flow) = Client::open(CLIENT, TARGET, &mut rig);
+    rig.upstream(flow, UpstreamEvent::ReadClosed);
+    assert!(client.receive(&mut rig).1);
+    client.finish(&mut rig);
+    rig.sent();
+    let mut again = Client {
+        sequence: client.sequence + 1,
+        ..client
+    };
+    let second = again.connect(&mut rig);
+    assert_ne!(second, flow);
+    again.send(&mut rig, b"new");
+    assert_eq!(rig.read_all(second), b"new");
+}
+
+#[test]
+fn a_syn_with_another_number_replaces_one_that_waits() {
+    let mut rig = Rig::new();
+    let client = Client::new(CLIENT, TARGET);
+    rig.packet(&client.syn());
+    rig.packet(
+        &Client {
+            sequence: 5_000,
+            ..client
+        }
+        .syn(),
+    );
+    assert!(matches!(
+        rig.commands()[..],
+        [Command::Open(_), Command::Abort, Command::Open(_)]
+    ));
+    assert_eq!(closed(&mut rig), [CloseReason::Replaced]);
+}
+
+#[test]
+fn half_closed_flow_expires_after_its_last_byte() {
+    let mut rig = Rig::new();
+    let (mut client, flow) = Client::open(CLIENT, TARGET, &mut rig);
+    client.finish(&mut rig);
+    rig.commands();
+    rig.pass(Duration::from_secs(200));
+    rig.segments();
+    rig.write(flow, b"slow");
+    assert_eq!(client.receive(&mut rig).0, b"slow");
+    rig.pass(Duration::from_secs(239));
+    assert_eq!(rig.engine.open_flows(), 1, "the timer runs from the last byte");
+    rig.pass(Duration::from_secs(1));
+    assert_eq!(rig.commands(), [Command::Abort]);
+    assert_eq!(rig.segment().flags & RST, RST);
+    assert_eq!(closed(&mut rig), [CloseReason::HalfCloseTimeout]);
+}
+
+#[test]
+fn an_idle_flow_lives_as_long_as_rfc_5382_asks() {
+    let mut rig = Rig::new();
+    let (client, _) = Client::open(CLIENT, TARGET, &mut rig);
+    rig.pass(Duration::from_secs(7439));
+    assert_eq!(rig.engine.open_flows(), 1);
+    // A keep-alive: one byte below what is expected. It is answered, and counts.
+    rig.packet(&client.segment_at(client.sequence - 1, ACK, &[]));
+    assert_eq!(rig.segment().acknowledgment, client.sequence);
+    rig.pass(Duration::from_secs(7439));
+    assert_eq!(rig.engine.open_flows(), 1);
+    rig.pass(Duration::from_secs(1));
+    assert_eq!(closed(&mut rig), [CloseReason::IdleTimeout]);
+}
+
+#[test]
+fn a_client_that_vanishes_is_given_up() {
+    let mut rig = Rig::new();
+    let (_, flow) = Client::open(CLIENT, TARGET, &mut rig);
+    rig.pass(Duration::from_secs(1000)); // silence before the data counts for nothing
+    rig.write(flow, b"anyone?");
+    rig.pass(Duration::from_secs(299));
+    assert_eq!(rig.engine.open_flows(), 1);
+    assert!(rig.segments().len() > 5, "retransmitted");
+    rig.pass(Duration::from_secs(1));
+    assert_eq!(closed(&mut rig), [CloseReason::ClientUnresponsive]);
+}
+
+#[test]
+fn a_window_that_closes_with_data_in_flight_does_not_hang_the_flow() {
+    let mut rig = Rig::new();
+    let (mut client, flow) = Client::open(CLIENT, TARGET, &mut rig);
+    client.window = 20;
+    rig.packet(&client.segment(ACK, &[]));
+    let data = pattern(2_560); // fills 20 << 7 exactly
+    rig.write(flow, &data);
+    let segments = rig.segments();
+    // The first arrives, the second is lost; the ACK of the first closes the window, and later it opens again.
+    client.expected = client.expected.wrapping_add(segments[0].payload.len() as u32);
+    client.window = 0;
+    rig.packet(&client.segment(ACK, &[]));
+    client.window = 20;
+    rig.packet(&client.segment(ACK, &[]));
+    let mut received = segments[0].payload.clone();
+    for _ in 0..10 {
+        rig.pass(Duration::from_secs(1));
+        received.extend(client.receive(&mut rig).0);
+    }
+    assert!(received == data, "{} of {} bytes", received.len(), data.len());
+}
+
+// ---- sequence numbers --------------------------------------------------------------------------------------------------
+
+#[test]
+fn sequence_numbers_wrap_without_notice() {
+    let mut rig = Rig::new();
+    let mut client = Client::new(CLIENT, TARGET);
+    client.sequence = u32::MAX - 5_000;
+    let flow = client.connect(&mut rig);
+    let data = pattern(40_000);
+    for chunk in data.chunks(1_000) {
+        assert_eq!(client.send(&mut rig, chunk).dropped, None);
+    }
+    assert!(rig.read_all(flow) == data);
+}
+
+#[test]
+fn initial_sequence_numbers_follow_no_pattern() {
+    let mut rig = Rig::new();
+    let mut numbers = Vec::new();
+    for port in 1..=200 {
+        let client = Client::new(&format!("10.0.0.2:{port}"), TARGET);
+        let flow = rig.packet(&client.syn()).flow.expect("accepted");
+        rig.upstream(flow, UpstreamEvent::Connected);
+        numbers.push(rig.segment().sequence);
+    }
+    let mut steps: Vec<_> = numbers
+        .windows(2)
+        .map(|pair| pair[1].wrapping_sub(pair[0]))
+        .collect();
+    steps.sort_unstable();
+    steps.dedup();
+    assert_eq!(steps.len(), 199, "no step comes twice");
+    let high = numbers.iter().filter(|number| **number > u32::MAX / 2).count();
+    assert!((60..140).contains(&high), "{high} of 200 in the upper half");
+}
