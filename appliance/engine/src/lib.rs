@@ -14,7 +14,7 @@ mod hash;
 pub mod io;
 pub mod packet;
 pub mod policy;
-pub mod reassembly;
+mod reassembly;
 mod relay;
 mod session;
 pub mod shard;
