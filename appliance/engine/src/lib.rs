@@ -18,6 +18,7 @@ mod reassembly;
 mod relay;
 mod session;
 pub mod shard;
+mod sniff;
 mod tcp;
 pub mod time;
 mod timers;
