@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use crate::addr::IngressId;
 use crate::event::DropReason;
-use crate::io::{ChecksumState, PacketIn};
+use crate::io::ChecksumState;
 use crate::packet::checksum::sum;
 use crate::packet::{FragmentView, PacketView};
 use crate::time::Timestamp;
@@ -33,7 +33,7 @@ const OVERHEAD: usize = 2 * (size_of::<Datagram>() + size_of::<Key>() + 2 * size
 
 /// Puts fragmented datagrams together, within bounds of memory and time.
 #[derive(Debug)]
-pub struct Reassembler {
+pub(crate) struct Reassembler {
     budget: usize,
     timeout: Duration,
     used: usize,
@@ -41,8 +41,17 @@ pub struct Reassembler {
     /// By serial number, which is also the order of deadlines.
     datagrams: BTreeMap<u64, Datagram>,
     serials: BTreeMap<Key, u64>,
-    /// The packet that was finished last.
-    whole: Vec<u8>,
+}
+
+/// What became of a fragment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reassembly {
+    /// It waits for the others, or said nothing new.
+    Held,
+    /// The packet is whole. Its transport checksum is trusted if that of every fragment was.
+    Complete(ChecksumState),
+    /// It was dropped, for one of the fragment reasons.
+    Dropped(DropReason),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -88,36 +97,37 @@ struct Piece {
 
 impl Reassembler {
     /// Makes one that holds `budget` bytes, counting its own bookkeeping, each no longer than `timeout`.
-    pub fn new(budget: usize, timeout: Duration) -> Self {
+    pub(crate) fn new(budget: usize, timeout: Duration) -> Self {
+        let (datagrams, serials) = (BTreeMap::new(), BTreeMap::new());
         Self {
             budget,
             timeout,
             used: 0,
             next_serial: 0,
-            datagrams: BTreeMap::new(),
-            serials: BTreeMap::new(),
-            whole: Vec::new(),
+            datagrams,
+            serials,
         }
     }
 
-    /// Takes `fragment`, which is that of `packet`, and returns the whole packet if it was the last one missing:
-    /// without fragment headers and with lengths and IPv4 checksum set right. Its transport checksum is trusted
-    /// only if that of all fragments was. Calls `evicted` once for each datagram that had to go for want of memory.
-    ///
-    /// # Errors
-    ///
-    /// Why the fragment is dropped: [`DropReason::FragmentLength`], [`DropReason::FragmentOverlap`] or
-    /// [`DropReason::FragmentMemory`].
-    pub fn push(
+    /// Takes the fragment `packet`. When it was the last one missing, `whole` becomes the packet they make: without
+    /// fragment headers, with lengths and IPv4 checksum set right, its transport checksum not looked at. A packet
+    /// that is no fragment is whole. Call [`Reassembler::evict`] afterwards.
+    pub(crate) fn push(
         &mut self,
         now: Timestamp,
         ingress: IngressId,
         packet: &PacketView<'_>,
-        fragment: &FragmentView<'_>,
         checksum: ChecksumState,
-        mut evicted: impl FnMut(),
-    ) -> Result<Option<PacketIn<'_>>, DropReason> {
-        check_length(packet, fragment)?;
+        whole: &mut Vec<u8>,
+    ) -> Reassembly {
+        let Some(fragment) = packet.fragment() else {
+            whole.clear();
+            whole.extend_from_slice(packet.bytes());
+            return Reassembly::Complete(checksum);
+        };
+        if let Err(reason) = check_length(packet, &fragment) {
+            return Reassembly::Dropped(reason);
+        }
         let key = Key {
             ingress,
             identification: fragment.identification,
@@ -133,57 +143,55 @@ impl Reassembler {
             serial
         });
         let datagram = self.datagrams.get_mut(&serial).expect("every key has a datagram");
-        let result = datagram.push(packet, fragment, checksum);
+        let result = datagram.push(packet, &fragment, checksum);
         let cost = datagram.memory();
         self.used = self.used - std::mem::replace(&mut datagram.cost, cost) + cost;
+        match result {
+            Ok(false) => Reassembly::Held,
+            Ok(true) => {
+                let datagram = self.remove(serial);
+                datagram.write(whole);
+                Reassembly::Complete(datagram.checksum)
+            }
+            Err(reason) => Reassembly::Dropped(reason),
+        }
+    }
 
-        if result == Ok(true) {
-            let datagram = self.remove(serial);
-            datagram.write(&mut self.whole);
-            return Ok(Some(PacketIn {
-                ingress,
-                bytes: &self.whole,
-                checksum: datagram.checksum,
-                segment_size: None,
-            }));
-        }
-        while self.used > self.budget {
-            let (&oldest, _) = self
-                .datagrams
-                .first_key_value()
-                .expect("memory is used by datagrams");
-            let gone = self.remove(oldest);
-            if oldest == serial {
-                return Err(result.err().unwrap_or(DropReason::FragmentMemory));
-            }
-            if !gone.discarded {
-                evicted();
-            }
-        }
-        result.map(|_| None)
+    /// Lets the oldest datagram go while the budget is exceeded, for [`DropReason::FragmentMemory`]; says whether one
+    /// went and there may be more. The last fragment taken may exceed the budget until then.
+    pub(crate) fn evict(&mut self) -> bool {
+        self.remove_oldest_while(|reassembler| reassembler.used > reassembler.budget)
     }
 
     /// When the next datagram will have waited too long.
-    pub fn next_deadline(&self) -> Option<Timestamp> {
+    pub(crate) fn next_deadline(&self) -> Option<Timestamp> {
         self.datagrams
             .first_key_value()
             .map(|(_, datagram)| datagram.deadline)
     }
 
-    /// Drops what has waited too long at `now`, and calls `expired` for each datagram, unless all its fragments had
-    /// been discarded before.
-    pub fn expire(&mut self, now: Timestamp, mut expired: impl FnMut()) {
-        while self.next_deadline().is_some_and(|deadline| deadline <= now) {
-            let (&oldest, _) = self.datagrams.first_key_value().expect("there is a deadline");
-            if !self.remove(oldest).discarded {
-                expired();
-            }
-        }
+    /// Lets a datagram go that has waited too long at `now`, for [`DropReason::FragmentTimeout`]; says whether one
+    /// went and there may be more.
+    pub(crate) fn expire(&mut self, now: Timestamp) -> bool {
+        self.remove_oldest_while(|reassembler| {
+            reassembler
+                .next_deadline()
+                .is_some_and(|deadline| deadline <= now)
+        })
     }
 
-    /// Bytes in use, at most the budget.
-    pub fn used(&self) -> usize {
-        self.used
+    /// Removes datagrams, the oldest first, until one is gone that has not been counted as dropped before.
+    fn remove_oldest_while(&mut self, condition: impl Fn(&Self) -> bool) -> bool {
+        while condition(self) {
+            let (&oldest, _) = self
+                .datagrams
+                .first_key_value()
+                .expect("the condition is about datagrams");
+            if !self.remove(oldest).discarded {
+                return true;
+            }
+        }
+        false
     }
 
     fn remove(&mut self, serial: u64) -> Datagram {
@@ -417,7 +425,7 @@ mod tests {
                     prop_assert_eq!(whole.as_ref(), Some(&original));
                 }
             }
-            prop_assert_eq!(reassembler.used(), 0);
+            prop_assert_eq!(reassembler.used, 0);
             prop_assert_eq!(reassembler.next_deadline(), None);
         }
 
@@ -467,10 +475,10 @@ mod tests {
                     fragment_v4(&header, offset * 8, &data, more, identification as u16)
                 };
                 let _ = push(&mut reassembler, Timestamp::ZERO, &packet);
-                prop_assert!(reassembler.used() <= BUDGET);
+                prop_assert!(reassembler.used <= BUDGET);
             }
-            reassembler.expire(Timestamp::ZERO + TIMEOUT, || {});
-            prop_assert_eq!(reassembler.used(), 0);
+            while reassembler.expire(Timestamp::ZERO + TIMEOUT) {}
+            prop_assert_eq!(reassembler.used, 0);
         }
     }
 
@@ -492,7 +500,7 @@ mod tests {
             );
         }
         // After the timeout the identification is free again; the datagram was counted when it was discarded.
-        reassembler.expire(Timestamp::ZERO + TIMEOUT, || panic!("nothing was waiting"));
+        assert!(!reassembler.expire(Timestamp::ZERO + TIMEOUT));
         push(&mut reassembler, Timestamp::ZERO, &fragments[0]).unwrap();
         push(&mut reassembler, Timestamp::ZERO, &fragments[1]).unwrap();
         assert_eq!(
@@ -532,7 +540,7 @@ mod tests {
                 push(&mut reassembler, Timestamp::ZERO, &packet),
                 Err(DropReason::FragmentLength)
             );
-            assert_eq!(reassembler.used(), 0);
+            assert_eq!(reassembler.used, 0);
         }
         let mut reassembler = Reassembler::new(1 << 20, TIMEOUT);
         assert_eq!(
@@ -624,32 +632,25 @@ mod tests {
         let mut reassembler = Reassembler::new(1 << 20, TIMEOUT);
         push(&mut reassembler, start, &fragments[0]).unwrap();
         assert_eq!(reassembler.next_deadline(), Some(start + TIMEOUT));
-        let mut expired = 0;
-        reassembler.expire(start + TIMEOUT - Duration::from_nanos(1), || expired += 1);
-        assert_eq!(expired, 0);
-        reassembler.expire(start + TIMEOUT, || expired += 1);
-        assert_eq!((expired, reassembler.used()), (1, 0));
+        assert!(!reassembler.expire(start + TIMEOUT - Duration::from_nanos(1)));
+        assert!(reassembler.expire(start + TIMEOUT));
+        assert!(!reassembler.expire(start + TIMEOUT));
+        assert_eq!(reassembler.used, 0);
     }
 
     #[test]
     fn the_oldest_datagram_makes_room() {
         let mut reassembler = Reassembler::new(5000, TIMEOUT);
-        let mut evictions = 0;
         let packet = datagram(false, &[7; 1992]);
-        for identification in 0..3 {
-            let first = PacketView::parse(&cut(&packet, &[1504], identification)[0])
-                .unwrap()
-                .bytes()
-                .to_vec();
-            let view = PacketView::parse(&first).unwrap();
-            let fragment = view.fragment().unwrap();
+        for (identification, is_full) in [(0, false), (1, false), (2, true)] {
+            let first = &cut(&packet, &[1504], identification)[0];
             let at = Timestamp::from_nanos(identification.into());
-            let taken = reassembler.push(at, IngressId(0), &view, &fragment, ChecksumState::Trusted, || {
-                evictions += 1
-            });
-            assert_eq!(taken.map(|whole| whole.is_some()), Ok(false));
+            let view = PacketView::parse(first).unwrap();
+            let taken = reassembler.push(at, IngressId(0), &view, ChecksumState::Trusted, &mut Vec::new());
+            assert_eq!(taken, Reassembly::Held);
+            assert_eq!(reassembler.evict(), is_full);
         }
-        assert_eq!(evictions, 1);
+        assert!(!reassembler.evict());
         assert_eq!(
             reassembler.next_deadline(),
             Some(Timestamp::from_nanos(1) + TIMEOUT)
@@ -677,16 +678,14 @@ mod tests {
             ),
         ] {
             let mut reassembler = Reassembler::new(1 << 20, TIMEOUT);
-            let mut state = None;
-            for (fragment, checksum) in fragments.iter().zip([first, second]) {
-                let view = PacketView::parse(fragment).unwrap();
-                let part = view.fragment().unwrap();
-                let whole = reassembler
-                    .push(Timestamp::ZERO, IngressId(0), &view, &part, checksum, || {})
-                    .unwrap();
-                state = whole.map(|packet| packet.checksum);
-            }
-            assert_eq!(state, Some(expected));
+            let last = [first, second]
+                .into_iter()
+                .zip(&fragments)
+                .map(|(checksum, fragment)| {
+                    let view = PacketView::parse(fragment).unwrap();
+                    reassembler.push(Timestamp::ZERO, IngressId(0), &view, checksum, &mut Vec::new())
+                });
+            assert_eq!(last.last(), Some(Reassembly::Complete(expected)));
         }
     }
 
@@ -705,16 +704,15 @@ mod tests {
         packet: &[u8],
     ) -> Result<Option<Vec<u8>>, DropReason> {
         let view = PacketView::parse(packet).unwrap();
-        let fragment = view.fragment().expect("the test pushes fragments");
-        let whole = reassembler.push(
-            now,
-            IngressId(ingress),
-            &view,
-            &fragment,
-            ChecksumState::Trusted,
-            || {},
-        )?;
-        Ok(whole.map(|packet| packet.bytes.to_vec()))
+        assert!(view.fragment().is_some(), "the test pushes fragments");
+        let mut whole = Vec::new();
+        let taken = reassembler.push(now, IngressId(ingress), &view, ChecksumState::Trusted, &mut whole);
+        while reassembler.evict() {}
+        match taken {
+            Reassembly::Held => Ok(None),
+            Reassembly::Complete(_) => Ok(Some(whole)),
+            Reassembly::Dropped(reason) => Err(reason),
+        }
     }
 
     fn datagram(v6: bool, payload: &[u8]) -> Vec<u8> {
