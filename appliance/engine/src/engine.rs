@@ -17,11 +17,9 @@ use crate::io::{
     ChecksumState, IcmpError, Input, Judgement, Open, PacketIn, Unreachable, UpstreamCommand, UpstreamError,
     UpstreamEvent, World,
 };
-use crate::packet::{
-    Datagram, Echo, FragmentView, IcmpMessage, IcmpView, PacketView, TcpView, Transport, UdpView,
-};
+use crate::packet::{Datagram, Echo, IcmpMessage, IcmpView, PacketView, TcpView, Transport, UdpView};
 use crate::policy::{Action, Decision, ListAction, ListSide, Policy, RuleRef};
-use crate::reassembly::Reassembler;
+use crate::reassembly::{Reassembler, Reassembly};
 use crate::session::{ErrorReport, Recency, Session};
 use crate::shard;
 use crate::tcp::arena::Arena;
@@ -200,8 +198,8 @@ impl Engine {
         if let Some(reason) = sound.err().or_else(|| view.address_check()) {
             return self.drop_packet(reason, None, None, world);
         }
-        if let Some(fragment) = view.fragment() {
-            return self.handle_fragment(&view, &fragment, packet, world);
+        if view.fragment().is_some() {
+            return self.handle_fragment(&view, packet, world);
         }
         let transport = match view.transport() {
             Ok(transport) => transport,
@@ -271,37 +269,26 @@ impl Engine {
     fn handle_fragment(
         &mut self,
         view: &PacketView<'_>,
-        fragment: &FragmentView<'_>,
         packet: PacketIn<'_>,
         world: &mut dyn World,
     ) -> Judgement {
-        let mut evicted = 0;
-        let pushed = self
-            .reassembler
-            .push(self.now, packet.ingress, view, fragment, packet.checksum, || {
-                evicted += 1
-            });
-        // The whole packet takes the way of any packet through this engine, which the reassembler is a part of.
-        let mut whole = std::mem::take(&mut self.whole);
-        let pushed = pushed.map(|complete| {
-            complete.map(|packet| {
-                whole.clear();
-                whole.extend_from_slice(packet.bytes);
-                packet.checksum
-            })
-        });
-        for _ in 0..evicted {
-            self.drop_packet(DropReason::FragmentMemory, None, None, world);
-        }
         let held = Judgement {
             dropped: None,
             rule: None,
             flow: None,
         };
+        let mut whole = std::mem::take(&mut self.whole);
+        let pushed = self
+            .reassembler
+            .push(self.now, packet.ingress, view, packet.checksum, &mut whole);
+        while self.reassembler.evict() {
+            self.drop_packet(DropReason::FragmentMemory, None, None, world);
+        }
         let judgement = match pushed {
-            Err(reason) => self.drop_packet(reason, None, None, world),
-            Ok(None) => held,
-            Ok(Some(checksum)) => {
+            Reassembly::Held => held,
+            Reassembly::Dropped(reason) => self.drop_packet(reason, None, None, world),
+            // The whole packet takes the way of any packet, through the engine that owns its flow.
+            Reassembly::Complete(checksum) => {
                 let packet = PacketIn {
                     bytes: &whole,
                     checksum,
@@ -1013,9 +1000,7 @@ impl Engine {
                 None => {}
             }
         }
-        let mut expired = 0;
-        self.reassembler.expire(self.now, || expired += 1);
-        for _ in 0..expired {
+        while self.reassembler.expire(self.now) {
             self.drop_packet(DropReason::FragmentTimeout, None, None, world);
         }
         if self.policy_due.is_some_and(|due| due <= self.now) {

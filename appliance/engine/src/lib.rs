@@ -14,7 +14,7 @@ mod hash;
 pub mod io;
 pub mod packet;
 pub mod policy;
-mod reassembly;
+pub mod reassembly;
 mod relay;
 mod session;
 pub mod shard;

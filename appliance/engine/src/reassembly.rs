@@ -33,7 +33,7 @@ const OVERHEAD: usize = 2 * (size_of::<Datagram>() + size_of::<Key>() + 2 * size
 
 /// Puts fragmented datagrams together, within bounds of memory and time.
 #[derive(Debug)]
-pub(crate) struct Reassembler {
+pub struct Reassembler {
     budget: usize,
     timeout: Duration,
     used: usize,
@@ -45,7 +45,7 @@ pub(crate) struct Reassembler {
 
 /// What became of a fragment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Reassembly {
+pub enum Reassembly {
     /// It waits for the others, or said nothing new.
     Held,
     /// The packet is whole. Its transport checksum is trusted if that of every fragment was.
@@ -97,7 +97,7 @@ struct Piece {
 
 impl Reassembler {
     /// Makes one that holds `budget` bytes, counting its own bookkeeping, each no longer than `timeout`.
-    pub(crate) fn new(budget: usize, timeout: Duration) -> Self {
+    pub fn new(budget: usize, timeout: Duration) -> Self {
         let (datagrams, serials) = (BTreeMap::new(), BTreeMap::new());
         Self {
             budget,
@@ -112,7 +112,7 @@ impl Reassembler {
     /// Takes the fragment `packet`. When it was the last one missing, `whole` becomes the packet they make: without
     /// fragment headers, with lengths and IPv4 checksum set right, its transport checksum not looked at. A packet
     /// that is no fragment is whole. Call [`Reassembler::evict`] afterwards.
-    pub(crate) fn push(
+    pub fn push(
         &mut self,
         now: Timestamp,
         ingress: IngressId,
@@ -159,12 +159,12 @@ impl Reassembler {
 
     /// Lets the oldest datagram go while the budget is exceeded, for [`DropReason::FragmentMemory`]; says whether one
     /// went and there may be more. The last fragment taken may exceed the budget until then.
-    pub(crate) fn evict(&mut self) -> bool {
+    pub fn evict(&mut self) -> bool {
         self.remove_oldest_while(|reassembler| reassembler.used > reassembler.budget)
     }
 
     /// When the next datagram will have waited too long.
-    pub(crate) fn next_deadline(&self) -> Option<Timestamp> {
+    pub fn next_deadline(&self) -> Option<Timestamp> {
         self.datagrams
             .first_key_value()
             .map(|(_, datagram)| datagram.deadline)
@@ -172,7 +172,7 @@ impl Reassembler {
 
     /// Lets a datagram go that has waited too long at `now`, for [`DropReason::FragmentTimeout`]; says whether one
     /// went and there may be more.
-    pub(crate) fn expire(&mut self, now: Timestamp) -> bool {
+    pub fn expire(&mut self, now: Timestamp) -> bool {
         self.remove_oldest_while(|reassembler| {
             reassembler
                 .next_deadline()

@@ -5,6 +5,8 @@
 //! itself out, and the flow costs what a flow without one costs. Each side counts its own offsets: bytes read from the
 //! client's buffer are not the bytes the upstream is given when an inspector adds some.
 
+use crate::sniff::{Sniffed, Sniffer};
+
 /// Looks at a client's bytes before the upstream gets them.
 pub(crate) trait Inspector: Send {
     /// Is shown the bytes that wait, the first of which follows the last that passed, and says what to do.
@@ -15,6 +17,7 @@ pub(crate) trait Inspector: Send {
 /// What an [`Inspector`] wants.
 pub(crate) enum Inspection {
     /// Hold all of them and ask again when there are more.
+    #[cfg_attr(not(test), expect(dead_code, reason = "watching names holds nothing back"))]
     Hold,
     /// Let them pass and go on looking.
     Pass,
@@ -101,5 +104,100 @@ impl Relay {
         self.passed = self.passed.saturating_sub(taken);
         self.given += taken as u64;
         (taken, taken)
+    }
+}
+
+/// Finds the server's name in a client's first bytes; holds nothing back.
+pub(crate) struct NameWatcher(Sniffer);
+
+impl NameWatcher {
+    pub(crate) fn new() -> Self {
+        Self(Sniffer::new())
+    }
+}
+
+impl Inspector for NameWatcher {
+    fn inspect(&mut self, bytes: &[u8], _is_last: bool) -> Inspection {
+        match self.0.push(bytes) {
+            Sniffed::More => Inspection::Pass,
+            Sniffed::Name(name) => Inspection::Done {
+                before: Vec::new(),
+                name: Some(name),
+            },
+            Sniffed::Nothing => Inspection::Done {
+                before: Vec::new(),
+                name: None,
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Holds until it has seen a line, then introduces it.
+    struct Introduce;
+
+    impl Inspector for Introduce {
+        fn inspect(&mut self, bytes: &[u8], _is_last: bool) -> Inspection {
+            if bytes.contains(&b'\n') {
+                Inspection::Done {
+                    before: b"PROXY\r\n".to_vec(),
+                    name: None,
+                }
+            } else {
+                Inspection::Hold
+            }
+        }
+    }
+
+    /// Lends `bytes` until the stage gives no more, three bytes at a time.
+    fn drain(relay: &mut Relay, mut bytes: &[u8], is_last: bool) -> (Vec<u8>, usize) {
+        let (mut given, mut done) = (Vec::new(), 0);
+        loop {
+            let (passed, taken) = relay.lend(bytes, is_last, |lent| {
+                let take = lent.len().min(3);
+                given.extend_from_slice(&lent[..take]);
+                take
+            });
+            if taken == 0 {
+                return (given, done);
+            }
+            done += passed;
+            bytes = &bytes[passed..];
+        }
+    }
+
+    #[test]
+    fn held_bytes_are_lent_once_the_inspector_has_seen_enough() {
+        let mut relay = Relay::inspected_by(Box::new(Introduce));
+        assert_eq!(drain(&mut relay, b"GET", false), (vec![], 0));
+        assert_eq!(
+            drain(&mut relay, b"GET /\n", false),
+            (b"PROXY\r\nGET /\n".to_vec(), 6)
+        );
+        assert_eq!(drain(&mut relay, b"more", false), (b"more".to_vec(), 4));
+        assert_eq!(
+            relay.given(),
+            7 + 6 + 4,
+            "what the upstream was given, its own bytes included"
+        );
+    }
+
+    #[test]
+    fn bytes_are_not_held_for_ever() {
+        let mut relay = Relay::inspected_by(Box::new(Introduce));
+        assert_eq!(drain(&mut relay, b"no line", true), (b"no line".to_vec(), 7));
+    }
+
+    #[test]
+    fn a_name_is_found_while_its_bytes_pass() {
+        let mut relay = Relay::inspected_by(Box::new(NameWatcher::new()));
+        let request = b"GET / HTTP/1.1\r\nHost: example.com\r\n\r\n";
+        let (given, done) = drain(&mut relay, &request[..20], false);
+        assert_eq!((given.as_slice(), done), (&request[..20], 20));
+        drain(&mut relay, &request[20..], false);
+        assert_eq!(relay.take_name().as_deref(), Some("example.com"));
     }
 }

@@ -84,6 +84,7 @@ pub struct IcmpView<'a> {
 
 /// What an ICMP or ICMPv6 message says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "fields are named for what they hold")]
 pub enum IcmpMessage<'a> {
     /// Echo request.
     EchoRequest(Echo<'a>),

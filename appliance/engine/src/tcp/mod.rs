@@ -46,7 +46,7 @@ use crate::flow::KeyHasher;
 use crate::io::{UpstreamCommand, World};
 use crate::packet::{PacketView, TcpFlags, TcpView};
 use crate::policy::RuleRef;
-use crate::relay::Relay;
+use crate::relay::{NameWatcher, Relay};
 use crate::time::Timestamp;
 use crate::timers::Queued;
 
@@ -198,7 +198,7 @@ impl TcpFlow {
             remind_at: None,
             consumed: 0,
             accepted: 0,
-            relay: Relay::default(),
+            relay: Relay::inspected_by(Box::new(NameWatcher::new())),
             upstream: Upstream::Open {
                 eof: false,
                 shut: false,
