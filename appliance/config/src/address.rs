@@ -64,6 +64,9 @@ pub(crate) fn parse_socket_address(text: &str) -> Result<SocketAddr, Problem> {
             let example = SocketAddr::new(address, 8080);
             return problem(format!("`{text}` has no port"), format!("add one: {example}"));
         }
+        if let Some((scheme, _)) = text.split_once("://") {
+            return problem(message, format!("leave out `{scheme}://`"));
+        }
         let Some((host, port)) = text.rsplit_once(':') else {
             return problem(message, address_hint(text));
         };

@@ -1,18 +1,49 @@
 //! Whether one rule takes every flow that another one would.
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use tungate_engine::Protocol;
 use tungate_engine::policy::{PortRange, RuleMatch};
 
-/// Whether every flow that fits `later` fits `earlier` too.
-///
-/// What holds only because a flow's two addresses are of one IP version is not seen.
-pub(crate) fn covers(earlier: &RuleMatch, later: &RuleMatch) -> bool {
-    let (covering, covered) = (protocols(earlier), protocols(later));
-    covered.iter().all(|protocol| covering.contains(protocol))
-        && networks_cover(&earlier.clients, &later.clients)
-        && networks_cover(&earlier.targets, &later.targets)
-        && ports_cover(&earlier.ports, &later.ports)
+/// What a rule takes, prepared for comparison with other rules.
+pub(crate) struct Coverage {
+    protocols: Vec<Protocol>,
+    clients: Vec<IpNet>,
+    targets: Vec<IpNet>,
+    ports: Vec<PortRange>,
+}
+
+impl Coverage {
+    pub(crate) fn of(matches: &RuleMatch) -> Self {
+        Self {
+            protocols: protocols(matches),
+            clients: networks(&matches.clients),
+            targets: networks(&matches.targets),
+            ports: ports(&matches.ports),
+        }
+    }
+
+    /// Whether every flow that fits the rule `other` fits this one too.
+    ///
+    /// What holds only because a flow's two addresses are of one IP version is not seen.
+    pub(crate) fn includes(&self, other: &Self) -> bool {
+        let all_within = |inner: &[IpNet], outer: &[IpNet]| {
+            inner
+                .iter()
+                .all(|network| outer.iter().any(|covering| covering.contains(network)))
+        };
+        let ports_within = |range: &PortRange| {
+            self.ports
+                .iter()
+                .any(|covering| covering.first <= range.first && range.last <= covering.last)
+        };
+        other
+            .protocols
+            .iter()
+            .all(|protocol| self.protocols.contains(protocol))
+            && all_within(&other.clients, &self.clients)
+            && all_within(&other.targets, &self.targets)
+            && other.ports.iter().all(ports_within)
+    }
 }
 
 /// The protocols that can fit; ICMP fits no rule with ports.
@@ -24,41 +55,32 @@ fn protocols(matches: &RuleMatch) -> Vec<Protocol> {
         .collect()
 }
 
-fn networks_cover(earlier: &[IpNet], later: &[IpNet]) -> bool {
-    if earlier.is_empty() {
-        return true;
+/// The fewest networks for the same addresses.
+fn networks(written: &[IpNet]) -> Vec<IpNet> {
+    if written.is_empty() {
+        return vec![Ipv4Net::default().into(), Ipv6Net::default().into()];
     }
-    let everything = ["0.0.0.0/0", "::/0"].map(|all| all.parse().expect("is a network"));
-    let later = if later.is_empty() { &everything } else { later };
-    let earlier = IpNet::aggregate(&earlier.to_vec());
-    later
-        .iter()
-        .all(|network| earlier.iter().any(|covering| covering.contains(network)))
+    IpNet::aggregate(&written.to_vec())
 }
 
-fn ports_cover(earlier: &[PortRange], later: &[PortRange]) -> bool {
-    if earlier.is_empty() {
-        return true;
-    }
-    let later = if later.is_empty() {
-        &[PortRange {
+/// The fewest ranges for the same ports.
+fn ports(written: &[PortRange]) -> Vec<PortRange> {
+    if written.is_empty() {
+        return vec![PortRange {
             first: 0,
             last: u16::MAX,
-        }]
-    } else {
-        later
-    };
-    let mut ranges = earlier.to_vec();
-    ranges.sort();
-    later.iter().all(|range| {
-        let mut next = u32::from(range.first);
-        for covering in &ranges {
-            if u32::from(covering.first) <= next {
-                next = next.max(u32::from(covering.last) + 1);
-            }
+        }];
+    }
+    let mut sorted = written.to_vec();
+    sorted.sort();
+    let mut merged: Vec<PortRange> = Vec::new();
+    for range in sorted {
+        match merged.last_mut() {
+            Some(last) if range.first <= last.last.saturating_add(1) => last.last = last.last.max(range.last),
+            Some(_) | None => merged.push(range),
         }
-        next > u32::from(range.last)
-    })
+    }
+    merged
 }
 
 #[cfg(test)]
@@ -71,6 +93,10 @@ mod tests {
     use tungate_engine::policy::{Action, Policy, PolicySpec, Rule, RuleRef};
 
     use super::*;
+
+    fn covers(earlier: &RuleMatch, later: &RuleMatch) -> bool {
+        Coverage::of(earlier).includes(&Coverage::of(later))
+    }
 
     fn rule(clients: &[&str], protocols: &[Protocol], ports: &[(u16, u16)]) -> RuleMatch {
         RuleMatch {

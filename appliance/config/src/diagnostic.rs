@@ -156,6 +156,15 @@ impl IntoIterator for Diagnostics {
     }
 }
 
+impl<'d> IntoIterator for &'d Diagnostics {
+    type Item = &'d Diagnostic;
+    type IntoIter = std::slice::Iter<'d, Diagnostic>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.iter()
+    }
+}
+
 impl fmt::Display for Diagnostic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.render(false))
@@ -287,4 +296,76 @@ pub(crate) fn nearest<'k>(given: &str, known: impl IntoIterator<Item = &'k str>)
         .filter(|&(distance, candidate)| distance <= (chars.max(candidate.len()) / 3).max(1))
         .min()
         .map(|(_, candidate)| candidate)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn diagnostic(line: &str, span: Range<usize>) -> Diagnostic {
+        Diagnostic {
+            severity: Severity::Error,
+            file: "tungate.toml".into(),
+            place: Some(Place::in_line(12, line.as_bytes(), span)),
+            message: "`ports` is wrong".to_owned(),
+            hint: "write it right".to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_terminal_shows_the_line_with_a_mark_under_the_place() {
+        assert_eq!(
+            diagnostic("action = \"dorp\"", 10..14).render(false),
+            "error: `ports` is wrong\n  \
+               --> tungate.toml:12:11\n   \
+                |\n\
+             12 | action = \"dorp\"\n   \
+                |           ^^^^\n   \
+                |\n   \
+                = hint: write it right"
+        );
+    }
+
+    #[test]
+    fn the_mark_stands_below_its_place_behind_tabs_and_wide_letters() {
+        let rendered = diagnostic("\tname = \"\u{4e16}\u{754c}\" x", 17..18).render(false);
+        let lines: Vec<_> = rendered.lines().collect();
+        assert!(lines[1].ends_with("tungate.toml:12:14"), "{rendered}");
+        // A tab shows as four blanks, each of the two letters takes two columns.
+        assert_eq!(lines[4].find('^'), Some("12 | ".len() + 4 + 14), "{rendered}");
+    }
+
+    #[test]
+    fn text_without_colour_has_no_escape_sequences_whatever_the_file_holds() {
+        let hostile = diagnostic("a = \u{1b}[31m\u{7}", 4..9);
+        assert!(!hostile.render(false).contains('\u{1b}'));
+        assert!(hostile.render(true).contains('\u{1b}'));
+    }
+
+    #[test]
+    fn a_very_long_line_is_not_shown_but_named() {
+        let line = "x".repeat(KEPT_LINE + 1);
+        let rendered = diagnostic(&line, 5..2000).render(false);
+        assert!(rendered.contains("tungate.toml:12:6"), "{rendered}");
+        assert!(rendered.len() < 200, "{rendered}");
+    }
+
+    #[test]
+    fn json_has_severity_place_text_message_and_hint() {
+        let json: serde_json::Value = serde_json::to_value(diagnostic("action = \"dorp\"", 10..14)).unwrap();
+        assert_eq!(
+            json,
+            serde_json::json!({
+                "severity": "error", "file": "tungate.toml", "line": 12, "column": 11, "text": "dorp",
+                "message": "`ports` is wrong", "hint": "write it right",
+            })
+        );
+    }
+
+    #[test]
+    fn the_nearest_word_is_near() {
+        assert_eq!(nearest("Prots", ["name", "ports", "protocols"]), Some("ports"));
+        assert_eq!(nearest("sctp", ["tcp", "udp", "icmp", "any"]), None);
+        assert_eq!(nearest("colour", ["name", "ports", "protocols"]), None);
+    }
 }

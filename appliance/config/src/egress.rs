@@ -397,13 +397,13 @@ fn read_login(section: &mut Section<'_, '_>, directory: &Path) -> Option<Login> 
 }
 
 fn read_socket(section: &mut Section<'_, '_>) -> SocketOptions {
-    let mut socket = SocketOptions::default();
-    socket.mark = section.get::<Mark>("mark").map(|mark| mark.into_inner().0);
-    socket.interface = section
-        .get::<InterfaceName>("interface")
-        .map(|name| name.into_inner().0);
-    section.set("source", &mut socket.source);
-    socket
+    SocketOptions {
+        mark: section.get::<Mark>("mark").map(|mark| mark.into_inner().0),
+        interface: section
+            .get::<InterfaceName>("interface")
+            .map(|name| name.into_inner().0),
+        source: section.get("source").map(Spanned::into_inner).unwrap_or_default(),
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -512,7 +512,17 @@ impl FromValue for Source {
     fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
         match text_of(value, "an address or \"client\"", "\"192.0.2.1\"")? {
             "client" => Ok(Self::Client),
-            text => parse_address(text).map(Self::Address),
+            text => {
+                parse_address(text)
+                    .map(Self::Address)
+                    .map_err(|problem| match nearest(text, ["client"]) {
+                        Some(meant) => Problem {
+                            hint: format!("did you mean \"{meant}\"?"),
+                            ..problem
+                        },
+                        None => problem,
+                    })
+            }
         }
     }
 }
@@ -560,4 +570,281 @@ fn is_host_name(text: &str) -> bool {
     };
     let last = text.rsplit('.').next().unwrap_or_default();
     text.len() <= 253 && text.split('.').all(is_label) && !last.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{mistake, read, warning};
+
+    /// A document with a rule that uses the egress `a`, whose keys follow.
+    fn egress(keys: &str) -> String {
+        format!("[[rule]]\naction = \"egress\"\negress = \"a\"\n[[egress]]\nname = \"a\"\n{keys}")
+    }
+
+    fn kind(keys: &str) -> EgressKind {
+        read(&egress(keys)).egresses.remove(0).kind
+    }
+
+    #[test]
+    fn a_direct_egress_may_have_a_mark_an_interface_and_a_source() {
+        let keys = "kind = \"direct\"\nmark = 0x10\ninterface = \"wg0\"\nsource = \"192.0.2.1\"\n";
+        let source = Source::Address("192.0.2.1".parse().unwrap());
+        let socket = SocketOptions {
+            mark: Some(16),
+            interface: Some("wg0".to_owned()),
+            source,
+        };
+        assert_eq!(kind(keys), EgressKind::Direct { socket });
+        let EgressKind::Direct { socket } = kind("kind = \"direct\"\nsource = \"client\"\n") else {
+            panic!()
+        };
+        assert_eq!(socket.source, Source::Client);
+    }
+
+    #[test]
+    fn a_proxy_has_an_address_or_a_name_and_perhaps_a_login() {
+        let EgressKind::Socks5(proxy) = kind("kind = \"socks5\"\naddress = \"[2001:db8::1]:1080\"\n") else {
+            panic!()
+        };
+        assert_eq!(proxy.address.to_string(), "[2001:db8::1]:1080");
+        assert_eq!((proxy.login, proxy.socket), (None, SocketOptions::default()));
+
+        let keys = "kind = \"http\"\naddress = \"proxy.example:3128\"\nusername = \"alice\"\npassword_file = \"secret\"\n";
+        let EgressKind::Http(proxy) = kind(keys) else {
+            panic!()
+        };
+        assert_eq!(
+            proxy.address,
+            Endpoint {
+                host: Host::Name("proxy.example".to_owned()),
+                port: 3128
+            }
+        );
+        let password = Password::File("secret".into());
+        assert_eq!(
+            proxy.login,
+            Some(Login {
+                username: "alice".to_owned(),
+                password
+            })
+        );
+    }
+
+    #[test]
+    fn a_password_is_not_printed_for_debugging() {
+        let keys =
+            "kind = \"socks5\"\naddress = \"192.0.2.1:1080\"\nusername = \"alice\"\npassword = \"hunter2\"\n";
+        let loaded = read(&egress(keys));
+        assert!(!format!("{loaded:?}").contains("hunter2"));
+    }
+
+    #[test]
+    fn a_group_names_members_that_may_be_defined_below_it() {
+        let group = "kind = \"group\"\nmembers = [\"c\", \"b\"]\nmode = \"latency\"\ncheck = \"192.0.2.1:443\"\n\
+                     check_interval = \"1m 30s\"\ncheck_timeout = \"500ms\"\n\
+                     [[egress]]\nname = \"b\"\nkind = \"direct\"\n[[egress]]\nname = \"c\"\nkind = \"direct\"\n";
+        let target = Endpoint {
+            host: Host::Address("192.0.2.1".parse().unwrap()),
+            port: 443,
+        };
+        let check = HealthCheck {
+            target: Some(target),
+            interval: Duration::from_secs(90),
+            timeout: Duration::from_millis(500),
+        };
+        let members = vec![EgressId(2), EgressId(1)];
+        assert_eq!(
+            kind(group),
+            EgressKind::Group(Group {
+                members,
+                mode: GroupMode::Latency,
+                check
+            })
+        );
+    }
+
+    #[test]
+    fn mistakes_are_named_with_their_place_and_the_way_out() {
+        let wrong = |keys: &str, message: &str, hint: &str| mistake(&egress(keys), message, hint);
+        let proxy = |keys: &str| format!("kind = \"socks5\"\naddress = \"192.0.2.1:1080\"\n{keys}");
+        mistake(
+            "<<[[egress]]>>\nkind = \"direct\"",
+            "[[egress]] has no `name`",
+            "name = \"office\"",
+        );
+        mistake(
+            &egress("").replace("[[egress]]", "<<[[egress]]>>"),
+            "has no `kind`",
+            "kind = \"socks5\"",
+        );
+        wrong(
+            "kind = \"<<socks>>\"",
+            "`socks` is none of",
+            "did you mean \"socks5\"?",
+        );
+        wrong(
+            "kind = \"direct\"\n<<address>> = \"192.0.2.1:1\"",
+            "not a key of [[egress]] of kind \"direct\"",
+            "knows name, kind, mark",
+        );
+        wrong(
+            "kind = \"direct\"\nmark = <<0>>",
+            "0 is out of range",
+            "from 1 to 4294967295",
+        );
+        wrong(
+            "kind = \"direct\"\ninterface = \"<<eth0/1>>\"",
+            "not the name of an interface",
+            "ip link",
+        );
+        wrong(
+            "kind = \"direct\"\nsource = \"<<clients>>\"",
+            "not an IP address",
+            "did you mean \"client\"?",
+        );
+        mistake(
+            &egress("kind = \"http\"").replace("[[egress]]", "<<[[egress]]>>"),
+            "has no `address`",
+            "192.0.2.10:1080",
+        );
+        wrong(
+            "kind = \"http\"\naddress = \"<<proxy.example>>\"",
+            "has no port",
+            "proxy.example:1080",
+        );
+        wrong(
+            "kind = \"http\"\naddress = \"proxy.example:<<http>>\"",
+            "`http` is not a port",
+            "0 to 65535",
+        );
+        wrong(
+            "kind = \"http\"\naddress = \"<<proxy.example:0>>\"",
+            "port 0",
+            "write the port",
+        );
+        wrong(
+            "kind = \"http\"\naddress = \"<<192.0.2.300>>:80\"",
+            "not an IP address",
+            "at most 255",
+        );
+        wrong(
+            "kind = \"http\"\naddress = \"<<2001:db8::1:80>>\"",
+            "has no port",
+            "[2001:db8::1:80]:8080",
+        );
+        wrong(
+            "kind = \"http\"\naddress = \"<<http://192.0.2.1:80>>\"",
+            "not an address with a port",
+            "leave out `http://`",
+        );
+        wrong(
+            &proxy("username = <<\"alice\">>"),
+            "the user has no password",
+            "password_file",
+        );
+        wrong(
+            &proxy("password = <<\"x\">>"),
+            "a password without a user",
+            "username",
+        );
+        wrong(
+            &proxy("username = \"a\"\npassword = \"x\"\npassword_file = <<\"f\">>"),
+            "there already",
+            "keep `password` or",
+        );
+        wrong(
+            &proxy("username = \"a\"\npassword = <<7>>"),
+            "this is a number, not text",
+            "",
+        );
+        wrong(
+            "kind = \"http\"\naddress = \"192.0.2.1:80\"\nusername = <<\"a:b\">>\npassword = \"x\"",
+            "no colon",
+            "RFC 7617",
+        );
+        mistake(
+            &egress("kind = \"group\"").replace("[[egress]]", "<<[[egress]]>>"),
+            "has no `members`",
+            "members = [",
+        );
+        wrong(
+            "kind = \"group\"\nmembers = <<[]>>",
+            "`members` is empty",
+            "name the egresses",
+        );
+        wrong(
+            "kind = \"group\"\nmembers = [<<\"b\">>]",
+            "there is no egress `b`",
+            "",
+        );
+        wrong(
+            "kind = \"group\"\nmembers = [<<\"a\">>]",
+            "a group cannot have groups in it",
+            "that group's members",
+        );
+        let member = "\n[[egress]]\nname = \"b\"\nkind = \"direct\"";
+        wrong(
+            &format!("kind = \"group\"\nmembers = [\"b\", <<\"b\">>]{member}"),
+            "named twice",
+            "name it once",
+        );
+        let group = |keys: &str| format!("kind = \"group\"\nmembers = [\"b\"]\n{keys}{member}");
+        wrong(
+            &group("mode = \"<<fail-over>>\""),
+            "`fail-over` is none of",
+            "did you mean \"failover\"?",
+        );
+        wrong(
+            &group("check_interval = <<30>>"),
+            "a time needs a unit",
+            "\"30s\" for seconds",
+        );
+        wrong(
+            &group("check_interval = \"<<30 sec>>\""),
+            "`30 sec` is not a time",
+            "\"2h 4m\"",
+        );
+        wrong(&group("check_timeout = \"<<0s>>\""), "too short", "100ms");
+        wrong(
+            "kind = \"direct\"\n[[egress]]\nname = <<\"a\">>\nkind = \"direct\"",
+            "the egress in line 5 is named `a` as well",
+            "name of its own",
+        );
+        mistake(
+            "[[egress]]\nname = <<\"direct\">>\nkind = \"direct\"",
+            "`direct` is what happens",
+            "a last rule",
+        );
+    }
+
+    #[test]
+    fn a_rule_cannot_send_an_egress_what_it_does_not_carry() {
+        let rule = |protocols: &str, kind: &str| {
+            format!(
+                "[[rule]]\nprotocols = {protocols}\naction = \"egress\"\negress = \"a\"\n\
+                 [[egress]]\nname = \"a\"\nkind = \"{kind}\"\naddress = \"192.0.2.1:1080\"\n"
+            )
+        };
+        mistake(
+            &rule("[\"tcp\", <<\"udp\">>]", "http"),
+            "carries no UDP",
+            "take udp out",
+        );
+        mistake(
+            &rule("[<<\"icmp\">>]", "socks5"),
+            "carries no ICMP",
+            "take icmp out",
+        );
+        read(&rule("[\"tcp\", \"udp\"]", "socks5"));
+    }
+
+    #[test]
+    fn an_egress_that_nothing_uses_gives_a_warning() {
+        warning(
+            "[[egress]]\nname = <<\"a\">>\nkind = \"direct\"",
+            "no rule and no group uses the egress `a`",
+            "egress = \"a\"",
+        );
+    }
 }

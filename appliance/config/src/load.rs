@@ -7,8 +7,8 @@ use tungate_engine::policy::{EgressSpec, PolicySpec};
 use crate::diagnostic::{Diagnostic, Diagnostics, Findings, Place, Severity};
 use crate::document::{Document, Section};
 use crate::egress::{Egress, read_egresses};
-use crate::list::{Progress, read_limited};
-use crate::rules::{check_rules, into_rules, read_lists, read_rules};
+use crate::list::{Progress, read_limited, read_lists};
+use crate::rules::{check_rules, into_rules, read_rules};
 
 /// Largest configuration file, in bytes.
 const LARGEST_FILE: u64 = 16 << 20;
@@ -122,6 +122,10 @@ pub(crate) fn parse(
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use proptest::sample::select;
+
     use super::*;
 
     fn mistakes(text: &str) -> Vec<String> {
@@ -241,6 +245,76 @@ mod tests {
         assert_eq!((place.line, place.column), (2, 6));
         assert!(latin[0].hint.contains("UTF-8"));
     }
+
+    proptest! {
+        #[test]
+        fn no_text_panics_the_parser(text in "\\PC*|(.|\n)*") {
+            let _ = parse(&text, "tungate.toml", Path::new(""), &mut |_| ());
+        }
+
+        #[test]
+        fn no_document_of_the_right_words_panics_the_parser(words in vec(select(WORDS), 0..60)) {
+            if let Err(found) = parse(&words.concat(), "tungate.toml", Path::new(""), &mut |_| ()) {
+                for diagnostic in &found {
+                    prop_assert!(!diagnostic.hint.is_empty());
+                    prop_assert!(diagnostic.render(false).contains("hint: "));
+                }
+            }
+        }
+    }
+
+    const WORDS: &[&str] = &[
+        "[",
+        "]",
+        "[[rule]]\n",
+        "[[egress]]\n",
+        "[lists]\n",
+        "[rule]\n",
+        "\n",
+        "\r\n",
+        " ",
+        " = ",
+        "\"",
+        "'",
+        "\"\"\"",
+        ",",
+        ".",
+        "{",
+        "}",
+        "#",
+        "\\",
+        "\\u00e9",
+        "\u{e9}",
+        "\u{feff}",
+        "name",
+        "clients",
+        "ports",
+        "protocols",
+        "action",
+        "to",
+        "egress",
+        "kind",
+        "members",
+        "entries",
+        "files",
+        "80",
+        "-1",
+        "0x",
+        "1979-05-27",
+        "true",
+        "nan",
+        "\"tcp\"",
+        "\"drop\"",
+        "\"redirect\"",
+        "\"egress\"",
+        "\"group\"",
+        "\"socks5\"",
+        "\"192.0.2.0/24\"",
+        "\"192.0.2.1/24\"",
+        "\"[::1]:0\"",
+        "[\"a\"]",
+        "[80, \"9-8\"]",
+    ];
 
     #[test]
     fn an_empty_file_is_the_default_configuration() {

@@ -1,91 +1,26 @@
-//! The sections `[lists]` and `[[rule]]`.
+//! The sections `[[rule]]`: what is done with which flows.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use toml::Spanned;
 use toml::de::DeValue;
 use tungate_engine::Protocol;
-use tungate_engine::policy::{Action, EgressId, ListEntry, Rule, RuleMatch};
+use tungate_engine::policy::{Action, EgressId, Rule, RuleMatch};
 
-use crate::coverage::covers;
-use crate::diagnostic::{Diagnostic, Problem, quoted};
-use crate::document::{Document, FromValue, Section, choice_of, wrong_type};
+use crate::coverage::Coverage;
+use crate::diagnostic::{Problem, quoted};
+use crate::document::{Document, FromValue, Section, choice_of};
 use crate::egress::{ReadEgresses, undefined};
-use crate::list::{LARGEST_FILE, Progress, file_hint, never_fits, parse_line, read_limited, read_lines};
 use crate::value::Name;
-
-/// List entries and what reading the files they came from brought to light.
-#[derive(Default)]
-pub(crate) struct ReadLists {
-    pub(crate) entries: Vec<ListEntry>,
-    pub(crate) files: Vec<PathBuf>,
-    pub(crate) diagnostics: Vec<Diagnostic>,
-}
 
 /// A rule, and where it and its parts are written.
 pub(crate) struct ReadRule {
     rule: Rule,
     header: Range<usize>,
     name: Range<usize>,
-}
-
-/// Reads `[lists]`; names of files are relative to `directory`.
-pub(crate) fn read_lists(
-    root: &mut Section<'_, '_>,
-    directory: &Path,
-    progress: &mut dyn FnMut(Progress<'_>),
-) -> ReadLists {
-    let mut lists = ReadLists::default();
-    let Some(mut section) = root.section("lists") else {
-        return lists;
-    };
-    for entry in section.list::<EntryText>("entries").unwrap_or_default() {
-        let line = entry.get_ref().0.as_bytes();
-        let problem = match parse_line(line) {
-            Ok(None) => Some(Problem::at(
-                0..line.len(),
-                "this is no entry",
-                "write, for instance, \"deny 192.0.2.0/24\"",
-            )),
-            Ok(Some(parsed)) => {
-                let warning = never_fits(&parsed, line);
-                lists.entries.push(parsed);
-                warning
-            }
-            Err(problem) => Some(*problem),
-        };
-        if let Some(problem) = problem {
-            section.document.error_within(entry.span(), problem);
-        }
-    }
-    for file in section.list::<String>("files").unwrap_or_default() {
-        let path = directory.join(file.get_ref());
-        if lists.files.contains(&path) {
-            section
-                .document
-                .warning(file.span(), "this list file is named twice", "name it once");
-            continue;
-        }
-        match read_limited(&path, LARGEST_FILE) {
-            Ok(text) => {
-                let name = path.to_string_lossy();
-                lists
-                    .diagnostics
-                    .extend(read_lines(&text, &name, &path, &mut lists.entries, progress));
-            }
-            Err(error) => {
-                let message = format!("cannot read the list file {}: {error}", path.display());
-                section.document.error(file.span(), message, file_hint(&error));
-            }
-        }
-        lists.files.push(path);
-    }
-    section.finish();
-    lists
 }
 
 /// Reads all `[[rule]]`; `egresses` are what they can refer to.
@@ -110,11 +45,15 @@ pub(crate) fn check_rules(document: &mut Document<'_>, rules: &[ReadRule]) {
             document.error(rule.name.clone(), message, "give each rule a name of its own");
         }
     }
+    let coverages: Vec<_> = rules
+        .iter()
+        .map(|rule| Coverage::of(&rule.rule.matches))
+        .collect();
     for (index, rule) in rules.iter().enumerate() {
-        if let Some(earlier) = rules[..index]
+        let covering = coverages[..index]
             .iter()
-            .find(|earlier| covers(&earlier.rule.matches, &rule.rule.matches))
-        {
+            .position(|earlier| earlier.includes(&coverages[index]));
+        if let Some(earlier) = covering.map(|earlier| &rules[earlier]) {
             let line = document.line(earlier.header.start);
             document.warning(
                 rule.header.clone(),
@@ -301,9 +240,6 @@ fn plain<T>(values: Vec<Spanned<T>>) -> Vec<T> {
     values.into_iter().map(Spanned::into_inner).collect()
 }
 
-/// A list entry as text, which may be empty.
-struct EntryText(String);
-
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum ActionWord {
     Direct,
@@ -311,15 +247,6 @@ enum ActionWord {
     Egress,
     Redirect,
     Reject,
-}
-
-impl FromValue for EntryText {
-    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
-        match value.as_str() {
-            Some(text) => Ok(Self(text.to_owned())),
-            None => wrong_type(value, "a list entry as text", "\"deny 192.0.2.0/24\""),
-        }
-    }
 }
 
 impl FromValue for ActionWord {
@@ -359,26 +286,7 @@ mod tests {
     use tungate_engine::policy::PortRange;
 
     use super::*;
-    use crate::load::{Loaded, parse};
-    use crate::testing::{Marked, assert_only};
-
-    fn read(text: &str) -> Loaded {
-        parse(text, "tungate.toml", Path::new(""), &mut |_| ()).unwrap_or_else(|found| panic!("{found}"))
-    }
-
-    /// Reads the marked text as a configuration, in which there must be this one mistake, at the mark.
-    #[track_caller]
-    fn mistake(marked: &str, message: &str, hint: &str) {
-        let marked = Marked::new(marked);
-        let found = parse(&marked.text, "tungate.toml", Path::new(""), &mut |_| ()).unwrap_err();
-        assert_only(found.iter(), &marked, message, hint);
-    }
-
-    #[track_caller]
-    fn warning(marked: &str, message: &str, hint: &str) {
-        let marked = Marked::new(marked);
-        assert_only(&read(&marked.text).warnings, &marked, message, hint);
-    }
+    use crate::testing::{mistake, read, warning};
 
     #[test]
     fn rules_are_read_with_all_their_conditions() {
@@ -447,66 +355,6 @@ mod tests {
         assert_eq!(
             loaded.policy.rules[0].matches.protocols,
             [Protocol::Tcp, Protocol::Udp]
-        );
-    }
-
-    #[test]
-    fn mistakes_in_lists_are_named_with_their_place_and_the_way_out() {
-        mistake(
-            "<<list>> = 1",
-            "`list` is not a key of the file",
-            "did you mean `lists`?",
-        );
-        mistake(
-            "lists = <<3>>",
-            "`lists` is a section, not a number",
-            "write [lists] on a line of its own",
-        );
-        mistake(
-            "[lists]\nentries = <<\"deny 192.0.2.0/24\">>",
-            "is a list, not text",
-            "entries = [\"deny 192.0.2.0/24\"]",
-        );
-        mistake(
-            "[lists]\nentries = [<<7>>]",
-            "this is a number, not a list entry",
-            "\"deny 192.0.2.0/24\"",
-        );
-        mistake(
-            "[lists]\nentries = ['deny <<192.0.2.1/24>>']",
-            "bits set",
-            "192.0.2.0/24",
-        );
-        mistake(
-            "[lists]\nentries = [<<\"deny 192.0.2.1/24 \\u0023\">>]",
-            "bits set",
-            "192.0.2.0/24",
-        );
-        mistake("[lists]\nentries = [<<\"\">>]", "no entry", "deny 192.0.2.0/24");
-        mistake(
-            "[lists]\nfiles = [<<\"missing.txt\">>]",
-            "cannot read the list file missing.txt",
-            "relative to",
-        );
-        mistake(
-            "[lists]\n<<entires>> = []",
-            "`entires` is not a key of [lists]",
-            "did you mean `entries`?",
-        );
-        mistake(
-            "[lists]\n<<x>> = []",
-            "`x` is not a key of [lists]",
-            "[lists] knows entries, files",
-        );
-        mistake(
-            "\u{feff}<<lits>> = []",
-            "`lits` is not a key",
-            "did you mean `lists`?",
-        );
-        warning(
-            "[lists]\nentries = [\"deny ::/0 icmp <<8>>\"]",
-            "ICMP has no ports",
-            "leave out",
         );
     }
 

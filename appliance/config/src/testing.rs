@@ -1,6 +1,9 @@
 //! What the tests of several modules share.
 
+use std::path::Path;
+
 use crate::diagnostic::Diagnostic;
+use crate::load::{Loaded, parse};
 
 /// A text with one place in it marked `<<like this>>`.
 pub(crate) struct Marked {
@@ -49,4 +52,25 @@ pub(crate) fn assert_only<'d>(
     );
     assert!(only.message.contains(message), "message is: {}", only.message);
     assert!(only.hint.contains(hint), "hint is: {}", only.hint);
+}
+
+/// Reads a configuration without mistakes.
+#[track_caller]
+pub(crate) fn read(text: &str) -> Loaded {
+    parse(text, "tungate.toml", Path::new(""), &mut |_| ()).unwrap_or_else(|found| panic!("{found}"))
+}
+
+/// Reads the marked text as a configuration, in which there must be this one mistake, at the mark.
+#[track_caller]
+pub(crate) fn mistake(marked: &str, message: &str, hint: &str) {
+    let marked = Marked::new(marked);
+    let found = parse(&marked.text, "tungate.toml", Path::new(""), &mut |_| ()).unwrap_err();
+    assert_only(found.iter(), &marked, message, hint);
+}
+
+/// The same for a warning.
+#[track_caller]
+pub(crate) fn warning(marked: &str, message: &str, hint: &str) {
+    let marked = Marked::new(marked);
+    assert_only(&read(&marked.text).warnings, &marked, message, hint);
 }

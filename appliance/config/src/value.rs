@@ -15,6 +15,11 @@ use crate::document::{FromValue, choice_of, text_of, wrong_type};
 /// Longest name of a rule or egress, in characters.
 const LONGEST_NAME: usize = 64;
 
+/// Shortest time that can be configured: below it, timers would do more harm than waiting.
+const SHORTEST_TIME: Duration = Duration::from_millis(100);
+/// Longest time that can be configured.
+const LONGEST_TIME: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
 /// The name of a rule or egress: what reports, counters and logs call it.
 #[derive(Debug)]
 pub(crate) struct Name(pub(crate) String);
@@ -40,7 +45,20 @@ impl FromValue for Duration {
                 let hint = format!("with a unit: \"{number}s\" for seconds");
                 Err(Problem::at(0..0, "a time needs a unit", hint))
             }
-            _ => parse_duration(text_of(value, "a time as text", "\"30s\"")?),
+            _ => {
+                let text = text_of(value, "a time as text", "\"30s\"")?;
+                let time = parse_duration(text)?;
+                if time < SHORTEST_TIME || time > LONGEST_TIME {
+                    let (size, bound) = if time < SHORTEST_TIME {
+                        ("short", "least 100ms")
+                    } else {
+                        ("long", "most 365d")
+                    };
+                    let message = format!("this time is too {size}");
+                    return Err(Problem::at(0..text.len(), message, format!("use at {bound}")));
+                }
+                Ok(time)
+            }
         }
     }
 }

@@ -1,5 +1,7 @@
 //! List files: a million lines in a fraction of a second, and a place for every line that is wrong.
 
+mod section;
+
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
@@ -7,13 +9,15 @@ use std::str;
 
 use tungate_engine::policy::{ListAction, ListEntry, ListProtocol};
 
+pub(crate) use section::read_lists;
+
 use crate::address::{parse_network, parse_ports};
 use crate::diagnostic::{Diagnostic, Diagnostics, Findings, Place, Problem, Severity, nearest, quoted};
 
 /// Lines between two calls of the progress callback.
 const LINES_PER_PROGRESS: usize = 1 << 16;
 /// Largest list file, in bytes: some 40 million entries.
-pub(crate) const LARGEST_FILE: u64 = 1 << 30;
+const LARGEST_FILE: u64 = 1 << 30;
 
 /// How far the reading of a list file is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
