@@ -7,8 +7,8 @@ use std::sync::Arc;
 use annotate_snippets::{AnnotationKind, Group, Level, Origin, Renderer, Snippet};
 use serde::Serialize;
 
-/// Mistakes of one file beyond this number are only counted: a list of another format has one on every line.
-const ERRORS_PER_FILE: usize = 100;
+/// Mistakes in one file beyond this number are only counted: a list of another format has one on every line.
+const SHOWN_PER_FILE: usize = 100;
 /// A longer line is not kept with its diagnostic, in bytes.
 const KEPT_LINE: usize = 4096;
 /// Offending text beyond this length is cut, in characters.
@@ -212,7 +212,8 @@ impl Problem {
 pub(crate) struct Findings {
     file: Arc<str>,
     found: Vec<Diagnostic>,
-    uncounted: usize,
+    counted_errors: usize,
+    counted_warnings: usize,
 }
 
 impl Findings {
@@ -220,7 +221,8 @@ impl Findings {
         Self {
             file: file.into(),
             found: Vec::new(),
-            uncounted: 0,
+            counted_errors: 0,
+            counted_warnings: 0,
         }
     }
 
@@ -233,7 +235,7 @@ impl Findings {
 
     /// Whether there are so many that another one would only be counted, so that its place need not be made.
     pub(crate) fn is_full(&self) -> bool {
-        self.found.len() >= ERRORS_PER_FILE
+        self.found.len() >= SHOWN_PER_FILE
     }
 
     /// Records a mistake.
@@ -255,8 +257,11 @@ impl Findings {
     }
 
     /// Records a mistake without its text once [`Findings::is_full`].
-    pub(crate) fn count(&mut self) {
-        self.uncounted += 1;
+    pub(crate) fn count(&mut self, severity: Severity) {
+        match severity {
+            Severity::Error => self.counted_errors += 1,
+            Severity::Warning => self.counted_warnings += 1,
+        }
     }
 
     /// All mistakes in the order of their places.
@@ -267,9 +272,14 @@ impl Findings {
                 .as_ref()
                 .map_or((0, 0), |place| (place.line, place.column))
         });
-        if self.uncounted > 0 {
-            let message = format!("{} more mistakes in this file are not shown", self.uncounted);
-            self.push(Severity::Error, None, message, "correct those above first");
+        for (count, severity, word) in [
+            (self.counted_errors, Severity::Error, "mistakes"),
+            (self.counted_warnings, Severity::Warning, "warnings"),
+        ] {
+            if count > 0 {
+                let message = format!("{count} more {word} in this file are not shown");
+                self.push(severity, None, message, "correct those above first");
+            }
         }
         self.found
     }

@@ -61,33 +61,45 @@ impl<'t> Document<'t> {
             asked: Vec::new(),
         };
         let (root, errors) = DeTable::parse_recoverable(text);
-        let unclosed = errors
-            .iter()
-            .any(|error| error.message().starts_with("unclosed array,"));
+        let unclosed = errors.iter().any(|error| {
+            error.message().starts_with("unclosed array,")
+                || error.message().starts_with("unclosed inline table,")
+        });
         let unclosed = if unclosed {
-            unclosed_array(root.get_ref(), text)
+            unclosed_value(root.get_ref(), text)
         } else {
             None
         };
-        if let Some(start) = unclosed {
-            let hint = "close it with `]` and put a comma between its values";
-            document.syntax_error(
-                start..start + 1,
-                "this array is not closed".to_owned(),
-                hint.to_owned(),
-            );
-        }
         let mut errors: Vec<_> = errors
             .iter()
             .map(|error| (error.span().unwrap_or(0..0), error.message()))
             .filter(|(span, _)| unclosed.is_none_or(|start| span.start < start))
             .collect();
         errors.sort_by_key(|(span, _)| span.start);
+        let mut header_broken = false;
         for (span, message) in errors {
+            let number = document.line(span.start);
+            let in_header = document.text[document.line_starts[number - 1]..]
+                .trim_start()
+                .starts_with('[');
+            if message == "duplicate key" && header_broken && !in_header {
+                continue; // The keys of a section whose header is one too many.
+            }
+            header_broken |= in_header;
             let (message, hint) = explain(text, &span, message);
             document.syntax_error(span, message, hint);
         }
-        if unclosed.is_some() {
+        if let Some(start) = unclosed {
+            let (what, end) = if text[start..].starts_with('[') {
+                ("array", ']')
+            } else {
+                ("inline table", '}')
+            };
+            let hint = format!("close it with `{end}`");
+            document.syntax_error(start..start + 1, format!("this {what} is not closed"), hint);
+        }
+        // Behind a broken header or within what is not closed, keys are not where they seem to be.
+        if header_broken || unclosed.is_some() {
             return (document, Spanned::new(0..0, DeTable::new()));
         }
         (document, root)
@@ -145,7 +157,7 @@ impl<'t> Document<'t> {
             return;
         }
         if self.findings.is_full() {
-            return self.findings.count();
+            return self.findings.count(problem.severity);
         }
         let place = self.place(number, &problem.span);
         self.findings
@@ -433,33 +445,42 @@ fn kind(value: &DeValue<'_>) -> &'static str {
     }
 }
 
-/// Where the outermost array begins that the end of the text cuts.
-fn unclosed_array(table: &DeTable<'_>, text: &str) -> Option<usize> {
-    table.values().find_map(|value| match value.get_ref() {
-        DeValue::Table(table) => unclosed_array(table, text),
-        DeValue::Array(values) => {
-            let raw = text.get(value.span()).unwrap_or_default();
-            if raw.starts_with('[') && !raw.starts_with("[[") && value.span().end >= text.trim_end().len() {
-                return Some(value.span().start);
-            }
-            values.iter().find_map(|value| match value.get_ref() {
-                DeValue::Table(table) => unclosed_array(table, text),
-                _ => None,
-            })
-        }
-        _ => None,
-    })
+/// Where the array or inline table begins that swallows the rest of the text: the outermost that reaches its end, or
+/// the innermost of those that begin on the same line and are not closed.
+fn unclosed_value(table: &DeTable<'_>, text: &str) -> Option<usize> {
+    let mut starts = Vec::new();
+    table
+        .values()
+        .for_each(|value| reaching_end(value, text, &mut starts));
+    let first = *starts.first()?;
+    starts
+        .into_iter()
+        .rfind(|&start| !text[first..start].contains('\n'))
+}
+
+/// Collects where those arrays and inline tables in `value` begin that reach the end of the text; outer ones first,
+/// inner ones only if they are not closed.
+fn reaching_end(value: &Spanned<DeValue<'_>>, text: &str, starts: &mut Vec<usize>) {
+    let raw = text.get(value.span()).unwrap_or_default();
+    let reaches_end = raw.starts_with(['[', '{']) && value.span().end >= text.trim_end().len();
+    let closing = if raw.starts_with('[') { ']' } else { '}' };
+    if reaches_end && (starts.is_empty() || !raw.ends_with(closing)) {
+        starts.push(value.span().start);
+    }
+    match value.get_ref() {
+        DeValue::Array(values) => values.iter().for_each(|value| reaching_end(value, text, starts)),
+        DeValue::Table(table) => table.values().for_each(|value| reaching_end(value, text, starts)),
+        DeValue::String(_)
+        | DeValue::Integer(_)
+        | DeValue::Float(_)
+        | DeValue::Boolean(_)
+        | DeValue::Datetime(_) => {}
+    }
 }
 
 /// Puts what the TOML parser says into words that name the way out.
 fn explain(text: &str, span: &Range<usize>, message: &str) -> (String, String) {
     let found = text.get(span.clone()).unwrap_or_default();
-    let line = text
-        .get(span.start..)
-        .unwrap_or_default()
-        .lines()
-        .next()
-        .unwrap_or_default();
     if message.starts_with("string values must be quoted")
         || message.starts_with("invalid boolean")
         || message.starts_with("invalid float")
@@ -487,7 +508,7 @@ fn explain(text: &str, span: &Range<usize>, message: &str) -> (String, String) {
         }
         "key with no value" => "write KEY = VALUE".to_owned(),
         _ if expected == "`\"`" => "close the text with a quote".to_owned(),
-        _ if expected.is_empty() || line.is_empty() && expected.len() > 40 => {
+        _ if matches!(expected, "" | "nothing") => {
             "each line is [SECTION], [[SECTION]] or KEY = VALUE".to_owned()
         }
         _ => format!("expected {expected}"),

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use toml::de::DeTable;
+use tungate_engine::Config;
 use tungate_engine::policy::{EgressSpec, PolicySpec};
 
 use crate::diagnostic::{Diagnostic, Diagnostics, Findings, Place, Severity};
@@ -9,9 +11,13 @@ use crate::document::{Document, Section};
 use crate::egress::{Egress, read_egresses};
 use crate::list::{Progress, read_limited, read_lists};
 use crate::rules::{check_rules, into_rules, read_rules};
+use crate::settings::{Prefilter, read_engine, read_prefilter};
 
 /// Largest configuration file, in bytes.
 const LARGEST_FILE: u64 = 16 << 20;
+
+/// The complete example: every section and key with what it means; see [`show_defaults`].
+const EXAMPLE: &str = include_str!("../tungate.example.toml");
 
 /// A configuration without mistakes.
 ///
@@ -20,13 +26,22 @@ const LARGEST_FILE: u64 = 16 << 20;
 pub struct Loaded {
     /// Lists, rules and the names of egresses, for the engine.
     pub policy: PolicySpec,
+    /// The engine's limits and times for the whole appliance, of which each shard gets its share.
+    pub engine: Config,
     /// The egresses in full; an [`EgressId`](tungate_engine::policy::EgressId) in `policy` is an index.
     pub egresses: Vec<Egress>,
+    /// How the pre-filter is loaded.
+    pub prefilter: Prefilter,
     /// The files that were read: the configuration first, then list files. When one of them changes, so may the
     /// configuration.
     pub sources: Vec<PathBuf>,
     /// What is probably not meant as it is written.
     pub warnings: Vec<Diagnostic>,
+}
+
+/// A configuration that changes nothing: every key with what it means, defaults as comments.
+pub const fn show_defaults() -> &'static str {
+    EXAMPLE
 }
 
 /// Reads the configuration file `path` and the list files it names, which are relative to it. `progress` is called
@@ -85,21 +100,36 @@ pub(crate) fn parse(
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Loaded, Diagnostics> {
     let (mut document, table) = Document::parse(name, text);
-    let mut root = Section::root(&mut document, table.get_ref());
+    let (loaded, in_lists) = read(&mut document, table.get_ref(), directory, progress);
+    let mut diagnostics = document.findings.into_sorted();
+    diagnostics.extend(in_lists);
+    let warnings = Diagnostics::from_errors(diagnostics)?;
+    Ok(Loaded { warnings, ..loaded })
+}
+
+/// Reads all sections, and returns with them the mistakes in list files; the others go into the document's findings.
+fn read<'t>(
+    document: &mut Document<'t>,
+    table: &DeTable<'t>,
+    directory: &Path,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> (Loaded, Vec<Diagnostic>) {
+    let mut root = Section::root(document, table);
     let lists = read_lists(&mut root, directory, progress);
     let mut egresses = read_egresses(&mut root, directory);
     let rules = read_rules(&mut root, &mut egresses);
+    let mut engine = Config::default();
+    read_engine(&mut root, &mut engine);
+    let prefilter = read_prefilter(&mut root);
     root.finish();
+
     if !document.is_broken() {
-        check_rules(&mut document, &rules);
+        check_rules(document, &rules);
         // With another mistake corrected it may be used.
         if !document.findings.has_errors() {
-            egresses.warn_of_unused(&mut document);
+            egresses.warn_of_unused(document);
         }
     }
-    let mut diagnostics = document.findings.into_sorted();
-    diagnostics.extend(lists.diagnostics);
-    let warnings = Diagnostics::from_errors(diagnostics)?;
     let egresses = egresses.egresses;
     let names = egresses
         .iter()
@@ -112,12 +142,15 @@ pub(crate) fn parse(
         rules: into_rules(rules),
         egresses: names,
     };
-    Ok(Loaded {
+    let loaded = Loaded {
         policy,
+        engine,
         egresses,
+        prefilter,
         sources: lists.files,
-        warnings,
-    })
+        warnings: Vec::new(),
+    };
+    (loaded, lists.diagnostics)
 }
 
 #[cfg(test)]
@@ -172,10 +205,31 @@ mod tests {
     }
 
     #[test]
-    fn an_array_left_open_is_one_mistake() {
+    fn a_value_left_open_is_one_mistake() {
+        let rest = "\naction = \"drop\"\n[[rule]]\naction = \"x\"\n";
         assert_eq!(
-            mistakes("[[rule]]\nports = [80, 90\naction = \"drop\"\n[[rule]]\naction = \"x\"\n"),
+            mistakes(&format!("[[rule]]\nports = [80, 90{rest}")),
             ["2:9 this array is not closed"]
+        );
+        assert_eq!(
+            mistakes("lists = { files = []\n"),
+            ["1:9 this inline table is not closed"]
+        );
+        assert_eq!(
+            mistakes("lists = { entries = [\"deny 192.0.2.0/24\" }\n"),
+            ["1:21 this array is not closed"]
+        );
+    }
+
+    #[test]
+    fn a_broken_header_has_no_consequences() {
+        assert_eq!(
+            mistakes("[[rule]\naction = \"drop\"\n"),
+            ["1:8 unclosed array table"]
+        );
+        assert_eq!(
+            mistakes("[rule]\naction = \"drop\"\n[rule]\naction = \"drop\"\n"),
+            ["3:2 duplicate key"]
         );
     }
 
@@ -244,6 +298,80 @@ mod tests {
         let place = latin[0].place.as_ref().unwrap();
         assert_eq!((place.line, place.column), (2, 6));
         assert!(latin[0].hint.contains("UTF-8"));
+    }
+
+    /// The example with every default and example taken out of its comment.
+    fn uncommented() -> String {
+        let active = |line: &str| match line.strip_prefix('#') {
+            Some(rest) if !rest.is_empty() && !rest.starts_with(' ') => rest.to_owned(),
+            Some(_) | None => line.to_owned(),
+        };
+        show_defaults().lines().map(active).collect::<Vec<_>>().join("\n")
+    }
+
+    #[test]
+    fn the_example_changes_nothing() {
+        assert_eq!(
+            parse(show_defaults(), "example", Path::new(""), &mut |_| ()).unwrap(),
+            Loaded::default()
+        );
+    }
+
+    #[test]
+    fn the_example_shows_the_defaults_and_sound_examples() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("blocklist.txt"), "deny 192.0.2.99\n").unwrap();
+
+        let loaded = parse(&uncommented(), "example", directory.path(), &mut |_| ()).unwrap();
+
+        assert_eq!(
+            (loaded.engine, loaded.prefilter),
+            (Config::default(), Prefilter::default())
+        );
+        let entries: Vec<_> = loaded.policy.lists.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            entries,
+            [
+                "deny 203.0.113.0/24",
+                "allow 203.0.113.7/32 tcp 443",
+                "deny 192.0.2.99/32"
+            ]
+        );
+        let rules: Vec<_> = loaded
+            .policy
+            .rules
+            .iter()
+            .map(|rule| (rule.name.as_str(), rule.action.name()))
+            .collect();
+        assert_eq!(rules, [("web", "redirect"), ("office", "egress")]);
+        let egresses: Vec<_> = loaded
+            .egresses
+            .iter()
+            .map(|egress| egress.name.as_str())
+            .collect();
+        assert_eq!(egresses, ["uplink", "office", "backup", "any office"]);
+        assert_eq!(loaded.warnings, []);
+    }
+
+    #[test]
+    fn the_example_has_every_key() {
+        let text = uncommented();
+        let (mut document, table) = Document::parse("example", &text);
+        read(&mut document, table.get_ref(), Path::new(""), &mut |_| ());
+        // Kinds of egresses share keys; one may show what another only mentions.
+        let family = |section: &str| section.split(" of kind").next().map(str::to_owned);
+        let shown = |section: &str, key: &str| {
+            document
+                .asked
+                .iter()
+                .any(|(other, asked, found)| family(other) == family(section) && *asked == key && *found)
+        };
+        let missing: Vec<_> = document
+            .asked
+            .iter()
+            .filter(|(section, key, _)| !shown(section, key))
+            .collect();
+        assert!(document.asked.len() > 50 && missing.is_empty(), "{missing:?}");
     }
 
     proptest! {

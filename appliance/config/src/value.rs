@@ -1,6 +1,7 @@
 //! What a TOML value can stand for.
 
-use std::net::SocketAddr;
+use std::fmt;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -10,7 +11,7 @@ use tungate_engine::policy::PortRange;
 
 use crate::address::{parse_network, parse_ports, parse_socket_address};
 use crate::diagnostic::{Problem, quoted};
-use crate::document::{FromValue, choice_of, text_of, wrong_type};
+use crate::document::{FromValue, choice_of, number_of, text_of, wrong_type};
 
 /// Longest name of a rule or egress, in characters.
 const LONGEST_NAME: usize = 64;
@@ -20,9 +21,19 @@ const SHORTEST_TIME: Duration = Duration::from_millis(100);
 /// Longest time that can be configured.
 const LONGEST_TIME: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
+/// Units of sizes, in bytes.
+const UNITS: [(&str, u64); 3] = [("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30)];
+
 /// The name of a rule or egress: what reports, counters and logs call it.
 #[derive(Debug)]
 pub(crate) struct Name(pub(crate) String);
+
+/// The name of a network interface.
+pub(crate) struct InterfaceName(pub(crate) String);
+
+/// A size in bytes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bytes(pub(crate) u64);
 
 impl FromValue for String {
     fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
@@ -131,6 +142,78 @@ impl FromValue for Name {
             return problem("this name is too long", "use at most 64 characters");
         }
         Ok(Self(text.to_owned()))
+    }
+}
+
+impl FromValue for InterfaceName {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        let text = text_of(value, "the name of an interface", "\"eth0\"")?;
+        let sound =
+            text.len() <= 15 && !text.contains(|c: char| c == '/' || c.is_whitespace() || c.is_control());
+        if !sound {
+            let message = format!("`{}` is not the name of an interface", quoted(text));
+            let hint = "use at most 15 bytes without blanks and slashes; `ip link` shows the names";
+            return Err(Problem::at(0..text.len(), message, hint));
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl FromValue for u64 {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        number_of(value, 0..=i64::MAX as u64)
+    }
+}
+
+impl FromValue for Ipv4Addr {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        let text = text_of(value, "an IPv4 address", "\"192.0.2.1\"")?;
+        text.parse().map_err(|_| {
+            let message = format!("`{}` is not an IPv4 address", quoted(text));
+            Problem::at(0..text.len(), message, "write one such as \"192.0.2.1\"")
+        })
+    }
+}
+
+impl FromValue for Ipv6Addr {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        let text = text_of(value, "an IPv6 address", "\"2001:db8::1\"")?;
+        text.parse().map_err(|_| {
+            let message = format!("`{}` is not an IPv6 address", quoted(text));
+            Problem::at(0..text.len(), message, "write one such as \"2001:db8::1\"")
+        })
+    }
+}
+
+impl FromValue for Bytes {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        if value.is_integer() {
+            return u64::from_value(value).map(Self);
+        }
+        let text = text_of(value, "a size", "\"4 MiB\"")?;
+        let (digits, unit) = text.split_at(text.bytes().take_while(u8::is_ascii_digit).count());
+        let unit = UNITS
+            .iter()
+            .find(|(name, _)| *name == unit.trim_start())
+            .map(|&(_, bytes)| bytes);
+        let number = digits.parse::<u64>().ok();
+        let bytes = number
+            .zip(unit)
+            .and_then(|(number, unit)| number.checked_mul(unit));
+        bytes.map(Self).ok_or_else(|| {
+            let hint = "write a number of bytes, or a number with KiB, MiB or GiB, such as \"4 MiB\"";
+            Problem::at(0..text.len(), format!("`{}` is not a size", quoted(text)), hint)
+        })
+    }
+}
+
+impl fmt::Display for Bytes {
+    /// In the largest unit that leaves no fraction.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match UNITS.iter().rev().find(|(_, unit)| self.0.is_multiple_of(*unit)) {
+            Some((name, unit)) => write!(f, "{} {name}", self.0 / unit),
+            None => write!(f, "{} bytes", self.0),
+        }
     }
 }
 

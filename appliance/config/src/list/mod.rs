@@ -208,7 +208,7 @@ pub(crate) fn read_limited(path: &Path, largest: u64) -> io::Result<Vec<u8>> {
 pub(crate) fn file_hint(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::NotFound => {
-            "check the name; names of list files are relative to the configuration file"
+            "check the name; names in a configuration are relative to the configuration file"
         }
         io::ErrorKind::PermissionDenied => "let the user who runs this read the file",
         io::ErrorKind::IsADirectory => "name a file, not a directory",
@@ -220,7 +220,7 @@ pub(crate) fn file_hint(error: &io::Error) -> &'static str {
 /// Adds the problem of one line to the findings.
 fn report(findings: &mut Findings, problem: Problem, number: usize, line: &[u8]) {
     if findings.is_full() {
-        return findings.count();
+        return findings.count(problem.severity);
     }
     let place = Place::in_line(number, line.trim_ascii_end(), problem.span);
     findings.push(problem.severity, Some(place), problem.message, problem.hint);
@@ -548,6 +548,16 @@ mod tests {
         assert_eq!(found[99].place.as_ref().unwrap().line, 100);
         assert_eq!(found[100].place, None);
         assert_eq!(found[100].message, "900 more mistakes in this file are not shown");
+    }
+
+    #[test]
+    fn warnings_refuse_no_list_however_many_they_are() {
+        let list = parse_list("deny 192.0.2.0/24 icmp 8\n".repeat(1_000).as_bytes(), "list").unwrap();
+        assert_eq!((list.entries.len(), list.warnings.len()), (1_000, 101));
+        assert_eq!(
+            list.warnings[100].message,
+            "900 more warnings in this file are not shown"
+        );
     }
 
     #[test]

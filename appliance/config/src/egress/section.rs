@@ -1,148 +1,22 @@
-//! The sections `[[egress]]`: named ways out.
+//! The sections `[[egress]]`.
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::Path;
 
 use toml::Spanned;
 use toml::de::DeValue;
 use tungate_engine::Protocol;
 use tungate_engine::policy::EgressId;
 
+use super::{
+    Egress, EgressKind, Endpoint, Group, GroupMode, HealthCheck, Host, Login, Password, Proxy, SocketOptions,
+    Source,
+};
 use crate::address::{parse_address, parse_port, parse_socket_address};
 use crate::diagnostic::{Problem, nearest, quoted};
 use crate::document::{Document, FromValue, Section, choice_of, number_of, text_of};
-use crate::value::Name;
-
-/// A named way out with all the driver needs to use it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Egress {
-    /// Unique name, as rules and reports use it.
-    pub name: String,
-    /// What it does.
-    pub kind: EgressKind,
-}
-
-/// What an egress does with the flows that rules give it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum EgressKind {
-    /// Relays to the target itself.
-    Direct {
-        /// How its sockets are set up.
-        socket: SocketOptions,
-    },
-    /// Relays by way of a SOCKS5 proxy, RFC 1928: TCP by CONNECT, UDP by UDP ASSOCIATE.
-    Socks5(Proxy),
-    /// Relays TCP by way of an HTTP proxy's CONNECT, RFC 9110 section 9.3.6.
-    Http(Proxy),
-    /// Relays by way of one of other egresses.
-    Group(Group),
-}
-
-/// A proxy server and how to get to it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Proxy {
-    /// Where the proxy listens.
-    pub address: Endpoint,
-    /// Who to be there (RFC 1929 for SOCKS5, RFC 7617 for HTTP).
-    pub login: Option<Login>,
-    /// How the sockets towards it are set up.
-    pub socket: SocketOptions,
-}
-
-/// A user of a proxy.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Login {
-    /// The user's name.
-    pub username: String,
-    /// The user's password, or where it is.
-    pub password: Password,
-}
-
-/// A password, or where to find it.
-#[derive(Clone, PartialEq, Eq)]
-pub enum Password {
-    /// The password itself; never printed.
-    Inline(String),
-    /// A file whose first line is the password. It has not been opened yet.
-    File(PathBuf),
-}
-
-/// How a socket is set up before it connects.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct SocketOptions {
-    /// The firewall mark of its packets (SO_MARK).
-    pub mark: Option<u32>,
-    /// The interface it is bound to (SO_BINDTODEVICE).
-    pub interface: Option<String>,
-    /// The source address it is bound to.
-    pub source: Source,
-}
-
-/// The source address of connections that leave by an egress.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Source {
-    /// Whatever the host's routes say.
-    #[default]
-    Host,
-    /// This address of the host.
-    Address(IpAddr),
-    /// The client's own address, where the host may use it (IP_TRANSPARENT).
-    Client,
-}
-
-/// A host and port to connect to.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Endpoint {
-    /// The host.
-    pub host: Host,
-    /// The port, never 0.
-    pub port: u16,
-}
-
-/// A host by address or by name.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Host {
-    /// An address.
-    Address(IpAddr),
-    /// A name to be looked up when it is needed.
-    Name(String),
-}
-
-/// Several egresses of which one is used.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Group {
-    /// The members in the order in which they are written; never groups themselves.
-    pub members: Vec<EgressId>,
-    /// Which of the healthy members is used.
-    pub mode: GroupMode,
-    /// How members are found healthy.
-    pub check: HealthCheck,
-}
-
-/// Which of the healthy members of a [`Group`] is used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum GroupMode {
-    /// The first one.
-    #[default]
-    Failover,
-    /// The one whose checks are answered soonest.
-    Latency,
-}
-
-/// How members of a [`Group`] are found healthy.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HealthCheck {
-    /// Where each member must be able to connect to by TCP; without it a member is healthy until it fails.
-    pub target: Option<Endpoint>,
-    /// Time between two checks of a member.
-    pub interval: Duration,
-    /// When a check that was not answered has failed.
-    pub timeout: Duration,
-}
+use crate::value::{InterfaceName, Name};
 
 /// All egresses of a document, and what rules need to refer to them.
 #[derive(Default)]
@@ -417,9 +291,6 @@ enum KindWord {
 /// A firewall mark.
 struct Mark(u32);
 
-/// The name of a network interface.
-struct InterfaceName(String);
-
 /// A user's name or password.
 struct Credential(String);
 
@@ -432,35 +303,6 @@ impl KindWord {
             Self::Group => "group",
             Self::Http => "http",
             Self::Socks5 => "socks5",
-        }
-    }
-}
-
-impl Default for HealthCheck {
-    /// No checks, and the times that hold when there is a target: every 10 s, failed after 3 s.
-    fn default() -> Self {
-        Self {
-            target: None,
-            interval: Duration::from_secs(10),
-            timeout: Duration::from_secs(3),
-        }
-    }
-}
-
-impl fmt::Debug for Password {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Inline(_) => f.write_str("Inline(…)"),
-            Self::File(path) => f.debug_tuple("File").field(path).finish(),
-        }
-    }
-}
-
-impl fmt::Display for Endpoint {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.host {
-            Host::Address(address) => SocketAddr::new(*address, self.port).fmt(f),
-            Host::Name(name) => write!(f, "{name}:{}", self.port),
         }
     }
 }
@@ -480,20 +322,6 @@ impl FromValue for GroupMode {
 impl FromValue for Mark {
     fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
         number_of(value, 1..=u32::MAX.into()).map(|mark| Self(mark as u32))
-    }
-}
-
-impl FromValue for InterfaceName {
-    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
-        let text = text_of(value, "the name of an interface", "\"eth0\"")?;
-        let sound =
-            text.len() <= 15 && !text.contains(|c: char| c == '/' || c.is_whitespace() || c.is_control());
-        if !sound {
-            let message = format!("`{}` is not the name of an interface", quoted(text));
-            let hint = "use at most 15 bytes without blanks and slashes; `ip link` shows the names";
-            return Err(Problem::at(0..text.len(), message, hint));
-        }
-        Ok(Self(text.to_owned()))
     }
 }
 
@@ -574,6 +402,8 @@ fn is_host_name(text: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::testing::{mistake, read, warning};
 
