@@ -17,7 +17,7 @@ pub(crate) struct Document<'t> {
     text: &'t str,
     /// Where each line begins, in bytes.
     line_starts: Vec<usize>,
-    /// Lines the TOML parser rejected; what it made of them is a guess.
+    /// Lines the TOML parser rejected, in ascending order; what it made of them is a guess.
     broken_lines: Vec<usize>,
     /// Section and key, and whether the section has the key.
     #[cfg(test)]
@@ -153,7 +153,7 @@ impl<'t> Document<'t> {
 
     fn report(&mut self, problem: Problem) {
         let number = self.line(problem.span.start);
-        if self.broken_lines.contains(&number) {
+        if self.broken_lines.binary_search(&number).is_ok() {
             return;
         }
         if self.findings.is_full() {

@@ -1,6 +1,6 @@
 //! The sections `[[egress]]`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::Path;
 
@@ -27,7 +27,7 @@ pub(crate) struct ReadEgresses {
     pub(crate) names: BTreeMap<String, EgressId>,
     /// Where each name is written.
     spans: Vec<Range<usize>>,
-    used: Vec<EgressId>,
+    used: BTreeSet<EgressId>,
 }
 
 /// Reads all `[[egress]]`; names of files are relative to `directory`.
@@ -84,7 +84,7 @@ impl ReadEgresses {
 
     /// Remembers that a rule refers to the egress.
     pub(crate) fn mark_used(&mut self, egress: EgressId) {
-        self.used.push(egress);
+        self.used.insert(egress);
     }
 
     /// Warns of egresses that nothing refers to.
