@@ -983,7 +983,8 @@ impl Engine {
         while let Some((at, id)) = self.timers.pop(self.now) {
             match self.flows.get_mut(id) {
                 Some(Flow::Tcp(flow)) => {
-                    if Timers::is_current(&mut flow.queued, at) {
+                    let is_current = Timers::is_current(&mut flow.queued, at);
+                    if is_current {
                         mark_dirty(&mut self.dirty, id, flow);
                     }
                 }

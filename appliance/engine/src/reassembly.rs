@@ -208,7 +208,7 @@ impl Reassembler {
 /// Refuses lengths that no datagram's fragment has.
 fn check_length(packet: &PacketView<'_>, fragment: &FragmentView<'_>) -> Result<(), DropReason> {
     let len = fragment.payload.len();
-    if len == 0 || (fragment.more && len % 8 != 0) {
+    if len == 0 || (fragment.more && !len.is_multiple_of(8)) {
         return Err(DropReason::FragmentLength);
     }
     check_whole(

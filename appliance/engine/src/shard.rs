@@ -65,7 +65,7 @@ fn pair(a: u64, b: u64) -> u64 {
 }
 
 fn among(hash: u64, shards: u8) -> ShardId {
-    ShardId(((hash >> 32) * u64::from(shards.max(1)) >> 32) as u8)
+    ShardId((((hash >> 32) * u64::from(shards.max(1))) >> 32) as u8)
 }
 
 #[cfg(test)]

@@ -85,7 +85,7 @@ impl Control {
         tcp[2..4].copy_from_slice(&self.destination.port().to_be_bytes());
         tcp[4..8].copy_from_slice(&self.sequence.to_be_bytes());
         tcp[8..12].copy_from_slice(&self.acknowledgment.to_be_bytes());
-        tcp[12] = ((TCP_HEADER_LEN + options.len()) / 4 << 4) as u8;
+        tcp[12] = (((TCP_HEADER_LEN + options.len()) / 4) << 4) as u8;
         tcp[13] = self.flags;
         tcp[14..16].copy_from_slice(&self.window.to_be_bytes());
         let sum = checksum::pseudo_header(self.source.ip(), self.destination.ip(), PROTOCOL_TCP, tcp_len);
