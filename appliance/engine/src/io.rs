@@ -51,7 +51,7 @@ pub enum ChecksumState {
 }
 
 /// News about an upstream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[expect(missing_docs, reason = "fields are named for what they hold")]
 pub enum UpstreamEvent<'a> {
     /// The TCP connection is established.
@@ -65,11 +65,16 @@ pub enum UpstreamEvent<'a> {
     /// A UDP datagram from `source`, or several of `segment_size` bytes each (the last may be shorter).
     Datagram {
         source: SocketAddr,
+        #[serde(borrow, with = "serde_bytes")]
         payload: &'a [u8],
         segment_size: Option<NonZeroU16>,
     },
     /// An echo reply from the flow's target.
-    EchoReply { sequence: u16, payload: &'a [u8] },
+    EchoReply {
+        sequence: u16,
+        #[serde(borrow, with = "serde_bytes")]
+        payload: &'a [u8],
+    },
     /// An ICMP error about something that a UDP or ICMP flow sent to `target`. `reporter` is the router or host
     /// that says so, where known.
     Error {

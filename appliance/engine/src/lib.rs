@@ -12,6 +12,7 @@ pub mod event;
 mod flow;
 mod hash;
 pub mod io;
+pub mod journal;
 pub mod packet;
 pub mod policy;
 pub mod reassembly;
