@@ -476,3 +476,6 @@ fn icmpv6_error(error: IcmpError) -> (u8, u8, u32) {
         IcmpError::TimeExceeded => (3, 0, 0),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,3 +10,6 @@ pub use build::{Datagram, HOP_LIMIT, Reset};
 pub use offload::{complete_checksum, segments};
 pub use transport::{Echo, IcmpMessage, IcmpView, TcpFlags, TcpOptions, TcpView, Transport, UdpView};
 pub use view::{FragmentView, PacketView, QuotedPacket};
+
+#[cfg(test)]
+mod testing;

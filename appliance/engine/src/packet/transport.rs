@@ -330,3 +330,6 @@ fn word(bytes: &[u8], at: usize) -> u16 {
 fn long(bytes: &[u8], at: usize) -> u32 {
     u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
+
+#[cfg(test)]
+mod tests;

@@ -525,3 +525,6 @@ fn final_segment(bytes: &[u8]) -> Option<Ipv6Addr> {
     let address: [u8; 16] = *bytes.get(8 + index * 16..)?.first_chunk()?;
     Some(address.into())
 }
+
+#[cfg(test)]
+mod tests;
