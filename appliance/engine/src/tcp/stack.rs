@@ -54,6 +54,16 @@ pub(super) struct Stack {
     link: Link,
 }
 
+/// How a flow's turn to send went.
+pub(super) enum Sending {
+    /// It has more to send.
+    More,
+    /// It has more to send and the device is full.
+    Blocked,
+    /// It has sent everything that may be sent, and has a timer that is `due` then.
+    Done { due: Option<Timestamp> },
+}
+
 /// What decides how a stack is set up.
 pub(super) struct Setup {
     pub(super) clients: Clients,
@@ -115,8 +125,26 @@ impl Stack {
             != PollResult::None
     }
 
+    /// Lets it send up to `most` packets, as long as the device has room.
+    pub(super) fn send(&mut self, now: Timestamp, most: usize, world: &mut dyn World) -> Sending {
+        for _ in 0..most {
+            let sent = self.egress(now, false, world);
+            let due = self.poll_at(now);
+            let at_once = due.is_some_and(|due| due <= now);
+            if at_once && !world.has_room() {
+                return Sending::Blocked;
+            }
+            if !sent || !at_once {
+                // Where nothing was sent, "at once" is a timer that cannot do what it is for.
+                let due = due.map(|due| due.max(now + Duration::from_millis(1)));
+                return Sending::Done { due };
+            }
+        }
+        Sending::More
+    }
+
     /// When its timers want it polled; a time not after `now` means at once.
-    pub(super) fn poll_at(&mut self, now: Timestamp) -> Option<Timestamp> {
+    fn poll_at(&mut self, now: Timestamp) -> Option<Timestamp> {
         let at = self.interface.poll_at(instant(now), self.sockets.set())?;
         let micros = u64::try_from(at.total_micros()).unwrap_or(0);
         Some(Timestamp::from_nanos(micros.saturating_mul(1000)) - CLOCK_AHEAD)
