@@ -97,7 +97,8 @@ fn has_nextest(workspace: &Workspace) -> bool {
 }
 
 fn run_nextest(workspace: &Workspace, mut cargo: Command, skips: &mut Skips) -> Result<ExitStatus> {
-    let report = workspace.target.join("nextest/default/junit.xml");
+    // Not in cargo's target folder: nextest has a store of its own.
+    let report = workspace.root.join("target/nextest/default/junit.xml");
     // A report of an earlier run must not speak for this one.
     if report.exists() {
         fs::remove_file(&report).with_context(|| format!("cannot remove {}", report.display()))?;
@@ -108,7 +109,7 @@ fn run_nextest(workspace: &Workspace, mut cargo: Command, skips: &mut Skips) -> 
         .status()
         .context("cannot run cargo")?;
     // Without a report nothing ran: it did not build, and has said so.
-    if report.exists() {
+    if status.success() || report.exists() {
         let text =
             fs::read_to_string(&report).with_context(|| format!("cannot read {}", report.display()))?;
         let report = Report::deserialize_from_str(&text).context("cannot read nextest's report")?;

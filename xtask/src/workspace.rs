@@ -13,9 +13,6 @@ pub(crate) struct Workspace {
     /// The folder of the top `Cargo.toml`.
     #[serde(rename = "workspace_root")]
     pub(crate) root: PathBuf,
-    /// Where cargo builds.
-    #[serde(rename = "target_directory")]
-    pub(crate) target: PathBuf,
 }
 
 impl Workspace {
