@@ -1,2 +1,38 @@
-//! The project's chores: `cargo xtask test`, `bench`, `soak`, `bpf`.
-fn main() {}
+//! The project's chores: `cargo xtask --help` lists them. One module each.
+
+mod test;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::workspace::Workspace;
+
+/// The project's chores.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Subcommand)]
+enum Chore {
+    /// Checks everything that has to hold before a change goes in: formatting, lints, documentation, tests
+    Test,
+}
+
+fn main() -> ExitCode {
+    let Arguments { chore } = Arguments::parse();
+    let done = Workspace::find().and_then(|workspace| match chore {
+        Chore::Test => test::run(&workspace),
+    });
+    match done {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
