@@ -11,7 +11,6 @@
 use std::net::{IpAddr, SocketAddr};
 
 use crate::addr::ShardId;
-use crate::hash::mix;
 use crate::packet::{PacketView, QuotedPacket};
 
 /// The shard, of `shards`, that owns a packet from a client.
@@ -19,17 +18,14 @@ pub fn owner(packet: &PacketView<'_>, shards: u8) -> ShardId {
     if shards <= 1 {
         return ShardId(0);
     }
-    let addresses = pair(endpoint(packet.source(), 0), endpoint(packet.destination(), 0));
+    let (source, destination) = (packet.source(), packet.destination());
     let hash = match (packet.protocol(), packet.ports()) {
-        (Some(6), Some((source, destination))) => pair(
-            endpoint(packet.source(), source),
-            endpoint(packet.destination(), destination),
-        ),
-        (Some(17), Some((source, _))) => endpoint(packet.source(), source),
-        (Some(1 | 58), _) => packet
-            .quoted()
-            .map_or(addresses, |quoted| hash_of_quoted(&quoted)),
-        _ => addresses,
+        (Some(6), Some((from, to))) => pair(endpoint(source, from), endpoint(destination, to)),
+        (Some(17), Some((from, _))) => endpoint(source, from),
+        _ => match packet.quoted() {
+            Some(quoted) => hash_of_quoted(&quoted),
+            None => pair(endpoint(source, 0), endpoint(destination, 0)),
+        },
     };
     among(hash, shards)
 }
@@ -62,6 +58,14 @@ fn endpoint(address: IpAddr, port: u16) -> u64 {
 /// The same for `a` and `b` in either order.
 fn pair(a: u64, b: u64) -> u64 {
     mix(a.wrapping_add(b))
+}
+
+/// The finalizer of SplitMix64: each bit of the input changes about half the bits of the output.
+const fn mix(value: u64) -> u64 {
+    let value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let value = (value ^ value >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let value = (value ^ value >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    value ^ value >> 31
 }
 
 fn among(hash: u64, shards: u8) -> ShardId {
