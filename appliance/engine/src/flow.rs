@@ -26,12 +26,32 @@ impl Keyed for Flow {
             Self::Session(session) => session.key(),
         }
     }
+
+    fn has_key(&self, key: &FlowKey) -> bool {
+        match (self, key) {
+            (
+                Self::Tcp(flow),
+                FlowKey::Tcp {
+                    ingress,
+                    client,
+                    target,
+                },
+            ) => flow.client == *client && flow.target == *target && flow.ingress == *ingress,
+            (Self::Session(session), key) => session.key() == *key,
+            (Self::Tcp(_), FlowKey::Udp { .. } | FlowKey::Icmp { .. }) => false,
+        }
+    }
 }
 
 /// Something that the flow table can find.
 pub(crate) trait Keyed {
     /// The key it is found by, the same for as long as it is in the table.
     fn key(&self) -> FlowKey;
+
+    /// Whether that is `key`.
+    fn has_key(&self, key: &FlowKey) -> bool {
+        self.key() == *key
+    }
 }
 
 /// What tells one flow from another. VLAN tags are no part of it: some paths tag one direction only.
@@ -87,33 +107,26 @@ impl KeyHasher {
         }
     }
 
-    fn hash(&self, write: impl FnOnce(&mut Packed)) -> u64 {
-        let mut hasher = self.tables.build_hasher();
-        hasher.write(Packed::by(write).bytes());
-        hasher.finish()
-    }
-
     pub(crate) fn flow(&self, key: &FlowKey) -> u64 {
-        self.hash(|packed| match *key {
+        let mut hasher = self.tables.build_hasher();
+        match *key {
             FlowKey::Tcp {
                 ingress,
                 client,
                 target,
             } => {
-                packed.put(&[0]);
-                packed.put(&ingress.0.to_le_bytes());
-                packed.endpoint(client);
-                packed.endpoint(target);
+                hash_endpoint(&mut hasher, client);
+                hash_endpoint(&mut hasher, target);
+                hasher.write_u32(u32::from(ingress.0));
             }
             FlowKey::Udp {
                 ingress,
                 client,
                 route,
             } => {
-                packed.put(&[1]);
-                packed.put(&ingress.0.to_le_bytes());
-                packed.endpoint(client);
-                packed.route(route);
+                hash_endpoint(&mut hasher, client);
+                hash_route(&mut hasher, route);
+                hasher.write_u32(1 << 16 | u32::from(ingress.0));
             }
             FlowKey::Icmp {
                 ingress,
@@ -122,86 +135,50 @@ impl KeyHasher {
                 target,
                 route,
             } => {
-                packed.put(&[2]);
-                packed.put(&ingress.0.to_le_bytes());
-                packed.endpoint(SocketAddr::new(client, identifier));
-                packed.address(target);
-                packed.route(route);
+                hash_endpoint(&mut hasher, SocketAddr::new(client, identifier));
+                hash_endpoint(&mut hasher, SocketAddr::new(target, 0));
+                hash_route(&mut hasher, route);
+                hasher.write_u32(2 << 16 | u32::from(ingress.0));
             }
-        })
+        }
+        hasher.finish()
     }
 
     /// Hash of one client of one ingress.
     pub(crate) fn client(&self, ingress: IngressId, client: IpAddr) -> u64 {
-        self.hash(|packed| {
-            packed.put(&ingress.0.to_le_bytes());
-            packed.address(client);
-        })
+        let mut hasher = self.tables.build_hasher();
+        hash_endpoint(&mut hasher, SocketAddr::new(client, ingress.0));
+        hasher.finish()
     }
 
     /// A number that nobody without the secret can tell, for the connection made at `nanos`
     /// (RFC 6528: a keyed hash of the 4-tuple, and time).
     pub(crate) fn sequence_seed(&self, client: SocketAddr, target: SocketAddr, nanos: u64) -> u64 {
-        let packed = Packed::by(|packed| {
-            packed.put(&nanos.to_le_bytes());
-            packed.endpoint(client);
-            packed.endpoint(target);
-        });
         let mut hasher = SipHasher13::new_with_keys(self.numbers.0, self.numbers.1);
-        hasher.write(packed.bytes());
+        hash_endpoint(&mut hasher, client);
+        hash_endpoint(&mut hasher, target);
+        hasher.write_u64(nanos);
         hasher.finish()
     }
 }
 
-/// A key's bytes in a row.
-struct Packed {
-    bytes: [u8; 96],
-    len: usize,
-}
-
-impl Packed {
-    fn by(write: impl FnOnce(&mut Self)) -> Self {
-        let mut packed = Self {
-            bytes: [0; 96],
-            len: 0,
-        };
-        write(&mut packed);
-        packed
-    }
-
-    fn bytes(&self) -> &[u8] {
-        &self.bytes[..self.len]
-    }
-
-    fn put(&mut self, bytes: &[u8]) {
-        self.bytes[self.len..self.len + bytes.len()].copy_from_slice(bytes);
-        self.len += bytes.len();
-    }
-
-    fn address(&mut self, address: IpAddr) {
-        match address {
-            IpAddr::V4(v4) => self.put(&v4.octets()),
-            IpAddr::V6(v6) => self.put(&v6.octets()),
+fn hash_endpoint(hasher: &mut impl Hasher, endpoint: SocketAddr) {
+    match endpoint {
+        SocketAddr::V4(v4) => hasher.write_u64(u64::from(v4.ip().to_bits()) << 16 | u64::from(v4.port())),
+        SocketAddr::V6(v6) => {
+            hasher.write_u128(v6.ip().to_bits());
+            hasher.write_u16(v6.port());
         }
     }
+}
 
-    fn endpoint(&mut self, endpoint: SocketAddr) {
-        self.address(endpoint.ip());
-        self.put(&endpoint.port().to_le_bytes());
-    }
-
-    fn route(&mut self, route: Route) {
-        match route {
-            Route::Direct => self.put(&[0]),
-            Route::Egress(egress) => {
-                self.put(&[1]);
-                self.put(&egress.0.to_le_bytes());
-            }
-            Route::Redirect { to, target } => {
-                self.put(&[2]);
-                self.endpoint(to);
-                self.endpoint(target);
-            }
+fn hash_route(hasher: &mut impl Hasher, route: Route) {
+    match route {
+        Route::Direct => {}
+        Route::Egress(egress) => hasher.write_u16(egress.0),
+        Route::Redirect { to, target } => {
+            hash_endpoint(hasher, to);
+            hash_endpoint(hasher, target);
         }
     }
 }
@@ -233,7 +210,12 @@ impl<F: Keyed> FlowTable<F> {
 
     /// Finds the flow with this key.
     pub(crate) fn find(&self, key: &FlowKey) -> Option<FlowId> {
-        let has_key = |&slot: &u32| self.slots[slot as usize].key() == *key;
+        let has_key = |&slot: &u32| {
+            self.slots[slot as usize]
+                .flow
+                .as_ref()
+                .is_some_and(|flow| flow.has_key(key))
+        };
         let slot = *self.by_key.find(self.hasher.flow(key), has_key)?;
         Some(FlowId::new(
             self.shard,
