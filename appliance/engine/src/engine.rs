@@ -773,6 +773,7 @@ impl Engine {
                     world,
                 };
                 if flow.handle_connected(id, self.tcp_flows, &mut cx) {
+                    flow.half_open = false;
                     self.half_open -= 1;
                     mark_dirty(&mut self.dirty, id, flow);
                 } else {
@@ -1113,7 +1114,7 @@ impl Engine {
         let Some(Flow::Tcp(flow)) = self.flows.get_mut(id) else {
             return;
         };
-        if flow.is_connecting() {
+        if flow.half_open {
             self.half_open -= 1;
         }
         self.tcp_flows -= 1;

@@ -90,6 +90,8 @@ pub(crate) struct TcpFlow {
     pub(crate) dirty: bool,
     /// A timer has come up: one of the flow's limits may be passed.
     pub(crate) due: bool,
+    /// It counts among the flows whose upstream is being connected; kept by the engine.
+    pub(crate) half_open: bool,
     syn: Syn,
     phase: Phase,
     /// When the phase began.
@@ -190,6 +192,7 @@ impl TcpFlow {
             queued: Queued::NEVER,
             dirty: false,
             due: false,
+            half_open: true,
             syn,
             phase: Phase::Connecting,
             since: now,
