@@ -6,7 +6,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 
-use super::checksum::{add, pseudo_header, sum};
+use super::checksum::{add, nonzero, pseudo_header, sum};
 use super::offload::{TCP_CHECKSUM, UDP_CHECKSUM, put};
 use super::transport::{Echo, TcpFlags, TcpView};
 use super::view::PacketView;
@@ -278,10 +278,7 @@ impl<'a> Datagram<'a> {
         let room = (mtu - headers) & !7;
         let mut header = self.header;
         if self.protocol == 17 {
-            let checksum = match !add(self.pseudo_header(), add(sum(&header), sum(self.payload))) {
-                0 => 0xffff, // zero stands for none
-                checksum => checksum,
-            };
+            let checksum = nonzero(add(self.pseudo_header(), add(sum(&header), sum(self.payload))));
             put(&mut header, usize::from(UDP_CHECKSUM), &checksum.to_be_bytes());
         }
         let mut offset = 0;

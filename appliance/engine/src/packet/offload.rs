@@ -1,7 +1,7 @@
 //! What devices do for the engine where they can, done in software where they cannot.
 
 use super::TcpFlags;
-use super::checksum::{add, pseudo_len, sum};
+use super::checksum::{add, nonzero, pseudo_len, sum};
 use crate::io::PacketOut;
 
 /// Offset of the checksum field in a TCP header.
@@ -119,13 +119,9 @@ fn set_ip(packet: &mut [u8], header_len: usize, identification: u16) {
     }
 }
 
-/// Turns the sum in the checksum field at `field` into the checksum. A result of zero is sent as all ones, as UDP
-/// needs (RFC 768) and others allow.
+/// Turns the sum in the checksum field at `field` into the checksum, the way UDP needs it and others allow.
 fn finish(transport: &mut [u8], field: usize) {
-    let checksum = match !sum(transport) {
-        0 => 0xffff,
-        checksum => checksum,
-    };
+    let checksum = nonzero(sum(transport));
     put(transport, field, &checksum.to_be_bytes());
 }
 
