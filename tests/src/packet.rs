@@ -189,7 +189,10 @@ pub fn echo_request(
 /// Cuts a packet without IP options or extension headers into fragments whose data is `size` bytes long, a multiple
 /// of 8; the last may be shorter.
 pub fn fragments(packet: &[u8], identification: u32, size: usize) -> Vec<Vec<u8>> {
-    assert!(size > 0 && size.is_multiple_of(8), "fragments are cut at multiples of 8");
+    assert!(
+        size > 0 && size.is_multiple_of(8),
+        "fragments are cut at multiples of 8"
+    );
     let is_v6 = packet[0] >> 4 == 6;
     let (header, data) = packet.split_at(if is_v6 { 40 } else { 20 });
     let cut = |(index, part): (usize, &[u8])| {

@@ -76,11 +76,13 @@ fn among(hash: u64, shards: u8) -> ShardId {
 mod tests {
     use std::net::Ipv4Addr;
 
+    use etherparse::PacketBuilder;
+
     use proptest::prelude::*;
 
     use super::*;
     use crate::io::{IcmpError, Unreachable};
-    use crate::packet::{Datagram, Echo, Reset};
+    use crate::packet::{Datagram, Echo};
 
     const SHARDS: u8 = 16;
 
@@ -146,14 +148,17 @@ mod tests {
     }
 
     fn tcp(source: SocketAddr, destination: SocketAddr) -> Vec<u8> {
-        let reset = Reset {
-            source,
-            destination,
-            sequence: 0,
-            acknowledgment: None,
-        };
-        let mut packet = vec![0; reset.packet_len()];
-        reset.write(&mut packet);
+        let mut packet = Vec::new();
+        match (source.ip(), destination.ip()) {
+            (IpAddr::V4(from), IpAddr::V4(to)) => PacketBuilder::ipv4(from.octets(), to.octets(), 64)
+                .tcp(source.port(), destination.port(), 0, 0)
+                .write(&mut packet, &[]),
+            (IpAddr::V6(from), IpAddr::V6(to)) => PacketBuilder::ipv6(from.octets(), to.octets(), 64)
+                .tcp(source.port(), destination.port(), 0, 0)
+                .write(&mut packet, &[]),
+            _ => panic!("one version"),
+        }
+        .unwrap();
         packet
     }
 

@@ -44,7 +44,7 @@ use crate::config::{Config, Timeouts};
 use crate::event::{CloseReason, DropReason, Event};
 use crate::flow::{FlowKey, KeyHasher};
 use crate::io::{UpstreamCommand, World};
-use crate::packet::{PacketView, TcpFlags, TcpView};
+use crate::packet::{PacketView, TcpFlags, TcpView, ip_header_len};
 use crate::policy::RuleRef;
 use crate::relay::{NameWatcher, Relay};
 use crate::time::Timestamp;
@@ -442,7 +442,7 @@ impl TcpFlow {
         else {
             return false;
         };
-        let header_len = segment::ip_header_len(self.client.ip()) as u16;
+        let header_len = ip_header_len(self.client.ip()) as u16;
         let largest = cx.config.mtu - header_len - segment::TCP_HEADER_LEN as u16;
         let client_mss = self
             .syn

@@ -8,6 +8,7 @@ use super::super::testing::Outbox;
 use super::super::transport::{IcmpMessage, Transport};
 use super::*;
 use crate::io::ChecksumState;
+use crate::packet::PacketView;
 use crate::reassembly::{Reassembler, Reassembly};
 use crate::time::Timestamp;
 
@@ -135,55 +136,6 @@ fn unreachable_codes_are_those_of_the_rfcs() {
     );
     assert_eq!(codes(true, IcmpError::PacketTooBig { mtu: 1400 }), (2, 0, 1400));
     assert_eq!(codes(true, IcmpError::TimeExceeded), (3, 0, 0));
-}
-
-#[test]
-fn reset_answers_as_rfc_9293_says() {
-    // Section 3.10.7.1: SEQ=SEG.ACK with ACK set, SEQ=0 and ACK=SEG.SEQ+SEG.LEN without.
-    for v6 in [false, true] {
-        let (client, target) = endpoints(v6);
-        let answer = |sequence, acknowledgment: Option<u32>, flags: u8, payload: &[u8]| {
-            let mut segment = TcpView {
-                source_port: client.port(),
-                destination_port: target.port(),
-                sequence,
-                acknowledgment: acknowledgment.unwrap_or(0),
-                flags: TcpFlags(flags),
-                window: 0,
-                options: Default::default(),
-                header_len: 20,
-                payload,
-            };
-            if acknowledgment.is_some() {
-                segment.flags.0 |= TcpFlags::ACK;
-            }
-            let carrier = written(&Datagram::udp(client, target, &[], None).unwrap());
-            let reset = Reset::answering(&PacketView::parse(&carrier).unwrap(), &segment)?;
-            let mut packet = vec![0xaa; reset.packet_len()];
-            reset.write(&mut packet);
-            let view = PacketView::parse(&packet).unwrap();
-            let transport = view.transport().unwrap();
-            assert_eq!(view.verify_ip_checksum(), Ok(()));
-            assert_eq!(view.verify_transport_checksum(&transport), Ok(()));
-            assert_eq!((view.source(), view.destination()), (target.ip(), client.ip()));
-            let Transport::Tcp(tcp) = transport else {
-                panic!("no segment")
-            };
-            assert_eq!(
-                (tcp.source_port, tcp.destination_port),
-                (target.port(), client.port())
-            );
-            assert!(tcp.payload.is_empty());
-            Some((tcp.sequence, tcp.acknowledgment, tcp.flags.0))
-        };
-        let (syn, fin, rst, ack) = (TcpFlags::SYN, TcpFlags::FIN, TcpFlags::RST, TcpFlags::ACK);
-        assert_eq!(answer(100, None, syn, b""), Some((0, 101, rst | ack)));
-        assert_eq!(answer(u32::MAX, None, syn, b"data"), Some((0, 4, rst | ack)));
-        assert_eq!(answer(100, Some(7), 0, b"data"), Some((7, 0, rst)));
-        assert_eq!(answer(100, Some(7), fin, b""), Some((7, 0, rst)));
-        assert_eq!(answer(100, Some(7), rst, b""), None);
-        assert_eq!(answer(100, None, rst, b""), None);
-    }
 }
 
 #[test]
