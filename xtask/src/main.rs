@@ -1,5 +1,6 @@
 //! The project's chores: `cargo xtask --help` lists them. One module each.
 
+mod bench;
 mod test;
 mod workspace;
 
@@ -7,6 +8,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::bench::Bench;
 use crate::workspace::Workspace;
 
 /// The project's chores.
@@ -21,12 +23,16 @@ struct Arguments {
 enum Chore {
     /// Checks everything that has to hold before a change goes in: formatting, lints, documentation, tests
     Test,
+    /// Measures on this machine
+    #[command(subcommand)]
+    Bench(Bench),
 }
 
 fn main() -> ExitCode {
     let Arguments { chore } = Arguments::parse();
     let done = Workspace::find().and_then(|workspace| match chore {
         Chore::Test => test::run(&workspace),
+        Chore::Bench(bench) => bench::run(&workspace, &bench),
     });
     match done {
         Ok(code) => code,
