@@ -129,6 +129,10 @@ impl Stack {
     pub(super) fn send(&mut self, now: Timestamp, most: usize, world: &mut dyn World) -> Sending {
         for _ in 0..most {
             let sent = self.egress(now, false, world);
+            // The most frequent case by far: an ACK has left, or there was none to send.
+            if self.is_receiving_only() && (sent || world.has_room()) {
+                return Sending::Done { due: None };
+            }
             let due = self.poll_at(now);
             let at_once = due.is_some_and(|due| due <= now);
             if at_once && !world.has_room() {
@@ -141,6 +145,13 @@ impl Stack {
             }
         }
         Sending::More
+    }
+
+    /// Whether all there may be to send is one ACK: the connection is open, the client has acknowledged everything,
+    /// and so no timer runs.
+    fn is_receiving_only(&self) -> bool {
+        let socket = self.sockets.socket();
+        matches!(socket.state(), State::Established | State::CloseWait) && socket.send_queue() == 0
     }
 
     /// When its timers want it polled; a time not after `now` means at once.
@@ -319,8 +330,9 @@ impl Device for Port<'_> {
         })
     }
 
+    /// The interface has taken those of [`Shape`] when it was made and goes by them.
     fn capabilities(&self) -> DeviceCapabilities {
-        self.link.capabilities()
+        DeviceCapabilities::default()
     }
 }
 
