@@ -1,6 +1,7 @@
 //! The project's chores: `cargo xtask --help` lists them. One module each.
 
 mod bench;
+mod bpf;
 mod test;
 mod workspace;
 
@@ -21,6 +22,12 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Chore {
+    /// Builds the XDP program and writes the object to bpf/program
+    Bpf {
+        /// Compare the committed object with what its source gives, and write nothing
+        #[arg(long)]
+        check: bool,
+    },
     /// Checks everything that has to hold before a change goes in: formatting, lints, documentation, tests
     Test,
     /// Measures on this machine
@@ -31,6 +38,7 @@ enum Chore {
 fn main() -> ExitCode {
     let Arguments { chore } = Arguments::parse();
     let done = Workspace::find().and_then(|workspace| match chore {
+        Chore::Bpf { check } => bpf::run(&workspace, check),
         Chore::Test => test::run(&workspace),
         Chore::Bench(bench) => bench::run(&workspace, &bench),
     });

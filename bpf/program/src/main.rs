@@ -14,8 +14,8 @@ use aya_ebpf::macros::{btf_map, xdp};
 use aya_ebpf::programs::XdpContext;
 use tungate_bpf_abi as abi;
 use tungate_bpf_abi::{
-    Cell, Count, Event, Frame, Group, Key4, Key6, MAX_LOOKUPS, MAX_PORT_STEPS, NO_NODE, Reason, Ruling, Selectors,
-    Settings, Walk, WalkOutcome, Window,
+    Cell, Count, Event, Frame, Group, Key4, Key6, MAX_LOOKUPS, MAX_PORT_STEPS, NO_NODE, Reason, Ruling,
+    Selectors, Settings, Walk, WalkOutcome, Window,
 };
 
 /// Inner arrays may have any number of elements.
@@ -50,35 +50,57 @@ static LICENSE: [u8; 18] = *b"Apache-2.0 OR MIT\0";
 /// Judges one frame.
 #[xdp]
 pub fn tungate(context: XdpContext) -> u32 {
-    let packet = Packet { start: context.data(), end: context.data_end() };
-    let Some(generation) = ACTIVE.get(0) else { return XDP_PASS };
+    let packet = Packet {
+        start: context.data(),
+        end: context.data_end(),
+    };
+    let Some(generation) = ACTIVE.get(0) else {
+        return XDP_PASS;
+    };
     let generation = *generation;
     let slot = generation & 1;
-    let Some(settings) = SETTINGS.get(slot) else { return XDP_PASS };
+    let Some(settings) = SETTINGS.get(slot) else {
+        return XDP_PASS;
+    };
     let walk = abi::walk(packet);
-    let Walk { source, destination, selectors, .. } = walk;
+    let Walk {
+        source,
+        destination,
+        selectors,
+        ..
+    } = walk;
     let (reason, ruling) = match walk.outcome {
         WalkOutcome::NotIp => (Reason::NotIp, Ruling::NONE),
         WalkOutcome::NotUnderstood => (Reason::NotUnderstood, Ruling::NONE),
         WalkOutcome::V4 => {
-            let Some(groups) = GROUPS4.get(slot) else { return XDP_PASS };
+            let Some(groups) = GROUPS4.get(slot) else {
+                return XDP_PASS;
+            };
             decide(
                 slot,
                 selectors,
                 find4(settings, groups, source[0]),
                 settings.default4,
-                || Key6 { address: destination, length: 4 },
+                || Key6 {
+                    address: destination,
+                    length: 4,
+                },
                 || find4(settings, groups, destination[0]),
             )
         }
         WalkOutcome::V6 => {
-            let Some(groups) = GROUPS6.get(slot) else { return XDP_PASS };
+            let Some(groups) = GROUPS6.get(slot) else {
+                return XDP_PASS;
+            };
             decide(
                 slot,
                 selectors,
                 find6(settings, groups, source[0], source[1]),
                 settings.default6,
-                || Key6 { address: destination, length: 6 },
+                || Key6 {
+                    address: destination,
+                    length: 6,
+                },
                 || find6(settings, groups, destination[0], destination[1]),
             )
         }
@@ -117,7 +139,11 @@ fn decide(
         }
     }
     if ruling.is_some() {
-        let reason = if ruling.is_deny() { Reason::ListSource } else { Reason::Allowed };
+        let reason = if ruling.is_deny() {
+            Reason::ListSource
+        } else {
+            Reason::Allowed
+        };
         return (reason, ruling);
     }
     let ruling = judge(slot, destination(), selectors);
@@ -132,14 +158,20 @@ fn decide(
 #[inline(always)]
 fn judge(slot: u32, group: Group, selectors: Selectors) -> Ruling {
     let row = group.cells();
-    if row == 0 { group.ruling() } else { Ruling(judge_cells(slot, row, selectors.protocol, selectors.port)) }
+    if row == 0 {
+        group.ruling()
+    } else {
+        Ruling(judge_cells(slot, row, selectors.protocol, selectors.port))
+    }
 }
 
 /// Reads the ruling from the row of cells that starts at `row`.
 #[inline(never)]
 fn judge_cells(slot: u32, row: u32, protocol: u32, port: u32) -> u32 {
     let Some(cells) = CELLS.get(slot) else { return 0 };
-    let Some(&Cell { a, b }) = cells.get(row + Selectors { protocol, port }.class() as u32) else { return 0 };
+    let Some(&Cell { a, b }) = cells.get(row + Selectors { protocol, port }.class() as u32) else {
+        return 0;
+    };
     if b == 0 {
         return a;
     }
@@ -150,7 +182,9 @@ fn judge_cells(slot: u32, row: u32, protocol: u32, port: u32) -> u32 {
             break;
         }
         let half = size >> 1;
-        let Some(middle) = cells.get(first.wrapping_add(half)) else { return 0 };
+        let Some(middle) = cells.get(first.wrapping_add(half)) else {
+            return 0;
+        };
         if middle.a <= port {
             first = first.wrapping_add(half);
         }
@@ -193,7 +227,10 @@ fn find6(settings: &Settings, groups: &Groups6, high: u64, low: u64) -> Group {
             break;
         }
         let node = node(&settings.tree6, at);
-        let key = Key6 { address: [high & node.mask[0], low & node.mask[1]], length: node.length };
+        let key = Key6 {
+            address: [high & node.mask[0], low & node.mask[1]],
+            length: node.length,
+        };
         // SAFETY: the value is read once, right here.
         at = match unsafe { groups.get(key) } {
             Some(group) => {
@@ -229,9 +266,19 @@ fn add(count: *mut Count, length: u64) -> u64 {
 /// that are not reported need not keep what was found.
 #[inline(never)]
 fn report(context: &XdpContext, generation: u32, reason: Reason, ruling: Ruling) {
-    let packet = Packet { start: context.data(), end: context.data_end() };
-    let Walk { outcome, source, destination, selectors } = abi::walk(packet);
-    let Some(mut entry) = EVENTS.reserve(0) else { return };
+    let packet = Packet {
+        start: context.data(),
+        end: context.data_end(),
+    };
+    let Walk {
+        outcome,
+        source,
+        destination,
+        selectors,
+    } = abi::walk(packet);
+    let Some(mut entry) = EVENTS.reserve(0) else {
+        return;
+    };
     entry.write(Event {
         source,
         destination,
@@ -273,7 +320,11 @@ impl Frame for Packet {
         // redundant, but the verifier wants each pointer compared with the end of the packet.
         // SAFETY: does nothing.
         unsafe { asm!("/* {0} */", inout(reg) first, options(pure, nomem, nostack, preserves_flags)) };
-        if first + N > self.end { None } else { Some(Bytes(first as *const u8)) }
+        if first + N > self.end {
+            None
+        } else {
+            Some(Bytes(first as *const u8))
+        }
     }
 }
 

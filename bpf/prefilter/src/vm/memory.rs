@@ -5,8 +5,10 @@
 //! against its region.
 
 use std::collections::VecDeque;
+use std::hash::{BuildHasher, Hasher};
 
 use aya_obj::generated::bpf_map_type;
+use foldhash::fast::FixedState;
 use hashbrown::HashTable;
 use tungate_bpf_abi::Event;
 
@@ -181,24 +183,19 @@ fn key24(bytes: &[u8]) -> [u64; 3] {
     [word(0), word(8), word(16)]
 }
 
-/// Multiplies and folds: quick, and good enough for keys that only the operator can choose.
+/// Not keyed: packets look keys up, but only the operator puts them in.
+const HASHER: FixedState = FixedState::with_seed(0);
+
 #[inline]
 fn hash8(key: &u64) -> u64 {
-    mix(*key, 0x9e37_79b9_7f4a_7c15)
+    HASHER.hash_one(key)
 }
 
 #[inline]
 fn hash24(key: &[u64; 3]) -> u64 {
-    mix(
-        key[0] ^ 0x2545_f491_4f6c_dd1d,
-        key[1] ^ mix(key[2], 0x9e37_79b9_7f4a_7c15),
-    )
-}
-
-#[inline]
-fn mix(one: u64, other: u64) -> u64 {
-    let product = u128::from(one ^ 0xa076_1d64_78bd_642f) * u128::from(other ^ 0xe703_7ed1_a0b4_28db);
-    (product as u64) ^ (product >> 64) as u64
+    let mut hasher = HASHER.build_hasher();
+    key.iter().for_each(|&word| hasher.write_u64(word));
+    hasher.finish()
 }
 
 impl Memory {
