@@ -31,7 +31,6 @@ const TARGET: &str = "bpfel-unknown-none";
 const LINKER: &str = "bpf-linker";
 /// `v3` has 32-bit operations and is understood by every kernel with ring buffers.
 const FLAGS: &str = "-Clinker=bpf-linker -Ctarget-cpu=v3 -Cdebuginfo=2 -Clink-arg=--btf \
-                     -Clink-arg=--disable-memory-builtins \
                      --cfg=bpf_target_arch=\"x86_64\"";
 
 /// Builds the object and writes it to its place, or, with `check`, compares it with what is there.

@@ -286,7 +286,8 @@ impl<A: Address> Family<A> {
         self.default = in_order(rules, entries);
     }
 
-    /// Keys whose rulings `rule`, of `prefix`, takes part in; stops after a number too large for a patch.
+    /// Keys whose rulings `rule`, of `prefix`, takes part in. Stops after a number that is too large for a patch, also
+    /// without `prefix` itself.
     fn decided_by(&self, rule: u32, prefix: Prefix<A>, entries: &[ListEntry]) -> Vec<Prefix<A>> {
         let mut chain = Vec::new();
         let (address, length) = prefix;
@@ -306,7 +307,7 @@ impl<A: Address> Family<A> {
                 chain.contains(&rule)
             })
             .map(|(&inner, _)| inner)
-            .take(PATCH_MAX_REPLACED + 1)
+            .take(PATCH_MAX_REPLACED + 2)
             .collect()
     }
 
