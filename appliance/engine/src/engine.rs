@@ -70,10 +70,10 @@ impl Engine {
     pub fn new(config: Config, policy: Arc<Policy>, seed: [u8; 32], now: Timestamp) -> Self {
         let mut rng = ChaCha12Rng::from_seed(seed);
         rng.set_stream(u64::from(config.shard.0));
-        let hasher = KeyHasher::new((rng.next_u64(), rng.next_u64()));
+        let hasher = KeyHasher::new(rng.next_u64(), (rng.next_u64(), rng.next_u64()));
         Self {
-            flows: FlowTable::new(config.shard, hasher),
-            clients: ClientCounts::new(hasher),
+            flows: FlowTable::new(config.shard, hasher.clone()),
+            clients: ClientCounts::new(hasher.clone()),
             half_open: 0,
             tcp_flows: 0,
             sessions: Recency::default(),
@@ -359,13 +359,12 @@ impl Engine {
             }
             return self.drop_packet(DropReason::NoFlow, None, None, world);
         }
-        self.open_tcp(ingress, key, (client, target), segment, world)
+        self.open_tcp(ingress, (client, target), segment, world)
     }
 
     fn open_tcp(
         &mut self,
         ingress: IngressId,
-        key: FlowKey,
         (client, target): (SocketAddr, SocketAddr),
         segment: &TcpView<'_>,
         world: &mut dyn World,
@@ -401,7 +400,7 @@ impl Engine {
             return self.drop_packet(reason, Some(rule), None, world);
         }
         let flow = TcpFlow::new(ingress, client, target, rule, Syn::of(segment), self.now);
-        let id = self.flows.insert(key, Flow::Tcp(flow));
+        let id = self.flows.insert(Flow::Tcp(flow));
         self.clients.add(ingress, client.ip());
         self.half_open += 1;
         self.tcp_flows += 1;
@@ -619,7 +618,7 @@ impl Engine {
             self.now,
         );
         let expires = session.expires();
-        let id = self.flows.insert(key, Flow::Session(session));
+        let id = self.flows.insert(Flow::Session(session));
         self.sessions.insert(&mut self.flows, id);
         if let Some(Flow::Session(session)) = self.flows.get_mut(id) {
             self.timers
@@ -774,6 +773,7 @@ impl Engine {
                     world,
                 };
                 if flow.handle_connected(id, self.tcp_flows, &mut cx) {
+                    flow.half_open = false;
                     self.half_open -= 1;
                     mark_dirty(&mut self.dirty, id, flow);
                 } else {
@@ -985,6 +985,7 @@ impl Engine {
                 Some(Flow::Tcp(flow)) => {
                     let is_current = Timers::is_current(&mut flow.queued, at);
                     if is_current {
+                        flow.due = true;
                         mark_dirty(&mut self.dirty, id, flow);
                     }
                 }
@@ -1113,7 +1114,7 @@ impl Engine {
         let Some(Flow::Tcp(flow)) = self.flows.get_mut(id) else {
             return;
         };
-        if flow.is_connecting() {
+        if flow.half_open {
             self.half_open -= 1;
         }
         self.tcp_flows -= 1;

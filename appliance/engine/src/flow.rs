@@ -1,8 +1,9 @@
 //! The flow table: every flow of one shard, found by key or by id in constant time.
 
-use std::hash::Hasher;
+use std::hash::{BuildHasher, Hasher};
 use std::net::{IpAddr, SocketAddr};
 
+use foldhash::quality::FixedState;
 use hashbrown::HashTable;
 use siphasher::sip::SipHasher13;
 
@@ -16,6 +17,41 @@ use crate::tcp::TcpFlow;
 pub(crate) enum Flow {
     Tcp(TcpFlow),
     Session(Session),
+}
+
+impl Keyed for Flow {
+    fn key(&self) -> FlowKey {
+        match self {
+            Self::Tcp(flow) => flow.key(),
+            Self::Session(session) => session.key(),
+        }
+    }
+
+    fn has_key(&self, key: &FlowKey) -> bool {
+        match (self, key) {
+            (
+                Self::Tcp(flow),
+                FlowKey::Tcp {
+                    ingress,
+                    client,
+                    target,
+                },
+            ) => flow.client == *client && flow.target == *target && flow.ingress == *ingress,
+            (Self::Session(session), key) => session.key() == *key,
+            (Self::Tcp(_), FlowKey::Udp { .. } | FlowKey::Icmp { .. }) => false,
+        }
+    }
+}
+
+/// Something that the flow table can find.
+pub(crate) trait Keyed {
+    /// The key it is found by, the same for as long as it is in the table.
+    fn key(&self) -> FlowKey;
+
+    /// Whether that is `key`.
+    fn has_key(&self, key: &FlowKey) -> bool {
+        self.key() == *key
+    }
 }
 
 /// What tells one flow from another. VLAN tags are no part of it: some paths tag one direction only.
@@ -54,50 +90,43 @@ pub(crate) enum Route {
     Redirect { to: SocketAddr, target: SocketAddr },
 }
 
-/// Hashes keys with SipHash-1-3 under a secret, so that no client can aim at one bucket.
-#[derive(Debug, Clone, Copy)]
+/// Hashes keys under a secret, so that no client can aim at one bucket.
+#[derive(Debug, Clone)]
 pub(crate) struct KeyHasher {
-    keys: (u64, u64),
+    /// For the tables: fast, and its output never leaves the engine.
+    tables: FixedState,
+    /// For numbers that clients get to see: SipHash, a pseudorandom function.
+    numbers: (u64, u64),
 }
 
 impl KeyHasher {
-    pub(crate) fn new(keys: (u64, u64)) -> Self {
-        Self { keys }
-    }
-
-    /// The keyed hash of the bytes that `write` packs.
-    fn hash(&self, write: impl FnOnce(&mut Packed)) -> u64 {
-        let mut packed = Packed {
-            bytes: [0; 96],
-            len: 0,
-        };
-        write(&mut packed);
-        let mut hasher = SipHasher13::new_with_keys(self.keys.0, self.keys.1);
-        hasher.write(&packed.bytes[..packed.len]);
-        hasher.finish()
+    pub(crate) fn new(tables: u64, numbers: (u64, u64)) -> Self {
+        Self {
+            tables: FixedState::with_seed(tables),
+            numbers,
+        }
     }
 
     pub(crate) fn flow(&self, key: &FlowKey) -> u64 {
-        self.hash(|packed| match *key {
+        let mut hasher = self.tables.build_hasher();
+        match *key {
             FlowKey::Tcp {
                 ingress,
                 client,
                 target,
             } => {
-                packed.put(&[0]);
-                packed.put(&ingress.0.to_le_bytes());
-                packed.endpoint(client);
-                packed.endpoint(target);
+                hash_endpoint(&mut hasher, client);
+                hash_endpoint(&mut hasher, target);
+                hasher.write_u32(u32::from(ingress.0));
             }
             FlowKey::Udp {
                 ingress,
                 client,
                 route,
             } => {
-                packed.put(&[1]);
-                packed.put(&ingress.0.to_le_bytes());
-                packed.endpoint(client);
-                packed.route(route);
+                hash_endpoint(&mut hasher, client);
+                hash_route(&mut hasher, route);
+                hasher.write_u32(1 << 16 | u32::from(ingress.0));
             }
             FlowKey::Icmp {
                 ingress,
@@ -106,69 +135,50 @@ impl KeyHasher {
                 target,
                 route,
             } => {
-                packed.put(&[2]);
-                packed.put(&ingress.0.to_le_bytes());
-                packed.endpoint(SocketAddr::new(client, identifier));
-                packed.address(target);
-                packed.route(route);
+                hash_endpoint(&mut hasher, SocketAddr::new(client, identifier));
+                hash_endpoint(&mut hasher, SocketAddr::new(target, 0));
+                hash_route(&mut hasher, route);
+                hasher.write_u32(2 << 16 | u32::from(ingress.0));
             }
-        })
+        }
+        hasher.finish()
     }
 
     /// Hash of one client of one ingress.
     pub(crate) fn client(&self, ingress: IngressId, client: IpAddr) -> u64 {
-        self.hash(|packed| {
-            packed.put(&ingress.0.to_le_bytes());
-            packed.address(client);
-        })
+        let mut hasher = self.tables.build_hasher();
+        hash_endpoint(&mut hasher, SocketAddr::new(client, ingress.0));
+        hasher.finish()
     }
 
     /// A number that nobody without the secret can tell, for the connection made at `nanos`
     /// (RFC 6528: a keyed hash of the 4-tuple, and time).
     pub(crate) fn sequence_seed(&self, client: SocketAddr, target: SocketAddr, nanos: u64) -> u64 {
-        self.hash(|packed| {
-            packed.put(&nanos.to_le_bytes());
-            packed.endpoint(client);
-            packed.endpoint(target);
-        })
+        let mut hasher = SipHasher13::new_with_keys(self.numbers.0, self.numbers.1);
+        hash_endpoint(&mut hasher, client);
+        hash_endpoint(&mut hasher, target);
+        hasher.write_u64(nanos);
+        hasher.finish()
     }
 }
 
-struct Packed {
-    bytes: [u8; 96],
-    len: usize,
-}
-
-impl Packed {
-    fn put(&mut self, bytes: &[u8]) {
-        self.bytes[self.len..self.len + bytes.len()].copy_from_slice(bytes);
-        self.len += bytes.len();
-    }
-
-    fn address(&mut self, address: IpAddr) {
-        match address {
-            IpAddr::V4(v4) => self.put(&v4.octets()),
-            IpAddr::V6(v6) => self.put(&v6.octets()),
+fn hash_endpoint(hasher: &mut impl Hasher, endpoint: SocketAddr) {
+    match endpoint {
+        SocketAddr::V4(v4) => hasher.write_u64(u64::from(v4.ip().to_bits()) << 16 | u64::from(v4.port())),
+        SocketAddr::V6(v6) => {
+            hasher.write_u128(v6.ip().to_bits());
+            hasher.write_u16(v6.port());
         }
     }
+}
 
-    fn endpoint(&mut self, endpoint: SocketAddr) {
-        self.address(endpoint.ip());
-        self.put(&endpoint.port().to_le_bytes());
-    }
-
-    fn route(&mut self, route: Route) {
-        match route {
-            Route::Direct => self.put(&[0]),
-            Route::Egress(egress) => {
-                self.put(&[1]);
-                self.put(&egress.0.to_le_bytes());
-            }
-            Route::Redirect { to, target } => {
-                self.put(&[2]);
-                self.endpoint(to);
-                self.endpoint(target);
-            }
+fn hash_route(hasher: &mut impl Hasher, route: Route) {
+    match route {
+        Route::Direct => {}
+        Route::Egress(egress) => hasher.write_u16(egress.0),
+        Route::Redirect { to, target } => {
+            hash_endpoint(hasher, to);
+            hash_endpoint(hasher, target);
         }
     }
 }
@@ -184,10 +194,10 @@ pub(crate) struct FlowTable<F> {
 
 struct Slot<F> {
     generation: u32,
-    entry: Option<(FlowKey, F)>,
+    flow: Option<F>,
 }
 
-impl<F> FlowTable<F> {
+impl<F: Keyed> FlowTable<F> {
     pub(crate) fn new(shard: ShardId, hasher: KeyHasher) -> Self {
         Self {
             shard,
@@ -200,9 +210,13 @@ impl<F> FlowTable<F> {
 
     /// Finds the flow with this key.
     pub(crate) fn find(&self, key: &FlowKey) -> Option<FlowId> {
-        let slot = *self
-            .by_key
-            .find(self.hasher.flow(key), |&slot| self.key_at(slot) == key)?;
+        let has_key = |&slot: &u32| {
+            self.slots[slot as usize]
+                .flow
+                .as_ref()
+                .is_some_and(|flow| flow.has_key(key))
+        };
+        let slot = *self.by_key.find(self.hasher.flow(key), has_key)?;
         Some(FlowId::new(
             self.shard,
             self.slots[slot as usize].generation,
@@ -210,18 +224,19 @@ impl<F> FlowTable<F> {
         ))
     }
 
-    /// Puts a flow in under a key that is not in use.
-    pub(crate) fn insert(&mut self, key: FlowKey, flow: F) -> FlowId {
+    /// Puts a flow in, whose key is not in use.
+    pub(crate) fn insert(&mut self, flow: F) -> FlowId {
+        let hash = self.hasher.flow(&flow.key());
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Slot {
                 generation: 0,
-                entry: None,
+                flow: None,
             });
             (self.slots.len() - 1) as u32
         });
         let place = &mut self.slots[slot as usize];
-        debug_assert!(place.entry.is_none());
-        place.entry = Some((key, flow));
+        debug_assert!(place.flow.is_none());
+        place.flow = Some(flow);
         let id = FlowId::new(self.shard, place.generation, slot);
         let Self {
             hasher,
@@ -229,15 +244,7 @@ impl<F> FlowTable<F> {
             by_key,
             ..
         } = self;
-        by_key.insert_unique(hasher.flow(&key), slot, |&slot| {
-            hasher.flow(
-                &slots[slot as usize]
-                    .entry
-                    .as_ref()
-                    .expect("indexed slots are in use")
-                    .0,
-            )
-        });
+        by_key.insert_unique(hash, slot, |&slot| hasher.flow(&slots[slot as usize].key()));
         id
     }
 
@@ -247,22 +254,20 @@ impl<F> FlowTable<F> {
         if slot.generation != id.generation() || id.shard() != self.shard {
             return None;
         }
-        slot.entry.as_mut().map(|(_, flow)| flow)
+        slot.flow.as_mut()
     }
 
     /// Takes the flow with this id out; the id names nothing from then on.
     pub(crate) fn remove(&mut self, id: FlowId) -> Option<F> {
         self.get_mut(id)?;
         let slot = &mut self.slots[id.slot() as usize];
-        let (key, flow) = slot.entry.take().expect("just found");
+        let flow = slot.flow.take()?;
         // 24 bits of generation: a slot may be used 16 million times before an id comes again.
         slot.generation = (slot.generation + 1) & 0x00ff_ffff;
         self.free.push(id.slot());
-        let entry = self
-            .by_key
-            .find_entry(self.hasher.flow(&key), |&slot| slot == id.slot())
-            .expect("every flow in the slab is indexed");
-        entry.remove();
+        let hash = self.hasher.flow(&flow.key());
+        let entry = self.by_key.find_entry(hash, |&slot| slot == id.slot());
+        entry.expect("every flow in the slab is indexed").remove();
         Some(flow)
     }
 
@@ -275,19 +280,17 @@ impl<F> FlowTable<F> {
     pub(crate) fn ids(&self) -> Vec<FlowId> {
         let of = |(slot, place): (usize, &Slot<F>)| {
             place
-                .entry
+                .flow
                 .is_some()
                 .then(|| FlowId::new(self.shard, place.generation, slot as u32))
         };
         self.slots.iter().enumerate().filter_map(of).collect()
     }
+}
 
-    fn key_at(&self, slot: u32) -> &FlowKey {
-        &self.slots[slot as usize]
-            .entry
-            .as_ref()
-            .expect("indexed slots are in use")
-            .0
+impl<F: Keyed> Slot<F> {
+    fn key(&self) -> FlowKey {
+        self.flow.as_ref().expect("indexed slots are in use").key()
     }
 }
 
@@ -343,6 +346,19 @@ impl ClientCounts {
 mod tests {
     use super::*;
 
+    #[derive(Debug, PartialEq)]
+    struct Number(u16);
+
+    impl Keyed for Number {
+        fn key(&self) -> FlowKey {
+            key(self.0)
+        }
+    }
+
+    fn hasher() -> KeyHasher {
+        KeyHasher::new(1, (2, 3))
+    }
+
     fn key(port: u16) -> FlowKey {
         FlowKey::Tcp {
             ingress: IngressId(0),
@@ -351,25 +367,25 @@ mod tests {
         }
     }
 
-    fn table() -> FlowTable<u16> {
-        FlowTable::new(ShardId(3), KeyHasher::new((1, 2)))
+    fn table() -> FlowTable<Number> {
+        FlowTable::new(ShardId(3), hasher())
     }
 
     #[test]
     fn an_id_names_nothing_after_its_flow_is_gone() {
         let mut table = table();
-        let first = table.insert(key(1), 1);
-        assert_eq!(table.remove(first), Some(1));
-        let second = table.insert(key(2), 2);
+        let first = table.insert(Number(1));
+        assert_eq!(table.remove(first), Some(Number(1)));
+        let second = table.insert(Number(2));
         assert_eq!(first.slot(), second.slot(), "the slot is used again");
         assert_eq!(table.get_mut(first), None);
-        assert_eq!(table.get_mut(second), Some(&mut 2));
+        assert_eq!(table.get_mut(second), Some(&mut Number(2)));
     }
 
     #[test]
     fn flows_are_found_by_key_through_growth_and_removal() {
         let mut table = table();
-        let ids: Vec<_> = (0..5000).map(|port| table.insert(key(port), port)).collect();
+        let ids: Vec<_> = (0..5000).map(|port| table.insert(Number(port))).collect();
         for id in ids.iter().step_by(2) {
             table.remove(*id);
         }
@@ -384,7 +400,7 @@ mod tests {
     #[test]
     fn an_id_of_another_shard_is_no_ones() {
         let mut table = table();
-        let id = table.insert(key(1), 1);
+        let id = table.insert(Number(1));
         assert_eq!(
             table.get_mut(FlowId::new(ShardId(4), id.generation(), id.slot())),
             None
@@ -393,7 +409,7 @@ mod tests {
 
     #[test]
     fn a_client_without_flows_takes_no_room() {
-        let mut counts = ClientCounts::new(KeyHasher::new((1, 2)));
+        let mut counts = ClientCounts::new(hasher());
         let client = IpAddr::from([10, 0, 0, 2]);
         counts.add(IngressId(0), client);
         counts.add(IngressId(0), client);

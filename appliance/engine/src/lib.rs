@@ -10,7 +10,6 @@ mod counters;
 mod engine;
 pub mod event;
 mod flow;
-mod hash;
 pub mod io;
 pub mod journal;
 pub mod packet;

@@ -30,8 +30,9 @@ pub(crate) enum Inspection {
 }
 
 /// One flow's relay stage, from the client to the upstream.
-#[derive(Default)]
 pub(crate) struct Relay {
+    /// Made when the first bytes come: most flows of a flood or a scan never send any.
+    make: Option<fn() -> Box<dyn Inspector>>,
     inspector: Option<Box<dyn Inspector>>,
     /// Bytes of the inspector's own that are still to be lent.
     before: Vec<u8>,
@@ -43,10 +44,14 @@ pub(crate) struct Relay {
 
 impl Relay {
     /// A relay stage with an inspector.
-    pub(crate) fn inspected_by(inspector: Box<dyn Inspector>) -> Self {
+    pub(crate) fn inspected_by(make: fn() -> Box<dyn Inspector>) -> Self {
         Self {
-            inspector: Some(inspector),
-            ..Self::default()
+            make: Some(make),
+            inspector: None,
+            before: Vec::new(),
+            passed: 0,
+            given: 0,
+            name: None,
         }
     }
 
@@ -73,6 +78,9 @@ impl Relay {
         is_last: bool,
         take: impl FnOnce(&[u8]) -> usize,
     ) -> (usize, usize) {
+        if let Some(make) = self.make.take() {
+            self.inspector = Some(make());
+        }
         if let Some(inspector) = &mut self.inspector
             && bytes.len() > self.passed
         {
@@ -171,7 +179,7 @@ mod tests {
 
     #[test]
     fn held_bytes_are_lent_once_the_inspector_has_seen_enough() {
-        let mut relay = Relay::inspected_by(Box::new(Introduce));
+        let mut relay = Relay::inspected_by(|| Box::new(Introduce));
         assert_eq!(drain(&mut relay, b"GET", false), (vec![], 0));
         assert_eq!(
             drain(&mut relay, b"GET /\n", false),
@@ -187,13 +195,13 @@ mod tests {
 
     #[test]
     fn bytes_are_not_held_for_ever() {
-        let mut relay = Relay::inspected_by(Box::new(Introduce));
+        let mut relay = Relay::inspected_by(|| Box::new(Introduce));
         assert_eq!(drain(&mut relay, b"no line", true), (b"no line".to_vec(), 7));
     }
 
     #[test]
     fn a_name_is_found_while_its_bytes_pass() {
-        let mut relay = Relay::inspected_by(Box::new(NameWatcher::new()));
+        let mut relay = Relay::inspected_by(|| Box::new(NameWatcher::new()));
         let request = b"GET / HTTP/1.1\r\nHost: example.com\r\n\r\n";
         let (given, done) = drain(&mut relay, &request[..20], false);
         assert_eq!((given.as_slice(), done), (&request[..20], 20));

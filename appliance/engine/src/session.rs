@@ -19,7 +19,7 @@ use std::time::Duration;
 use crate::addr::{FlowId, IngressId, Protocol};
 use crate::config::{Config, Filtering};
 use crate::event::DropReason;
-use crate::flow::{Flow, FlowTable, Route};
+use crate::flow::{Flow, FlowKey, FlowTable, Route};
 use crate::io::{IcmpError, World};
 use crate::packet::{Datagram, Echo};
 use crate::policy::RuleRef;
@@ -60,6 +60,30 @@ struct Links {
 }
 
 impl Session {
+    pub(crate) fn key(&self) -> FlowKey {
+        let Self {
+            ingress,
+            client,
+            target,
+            route,
+            ..
+        } = *self;
+        match self.protocol {
+            Protocol::Icmp => FlowKey::Icmp {
+                ingress,
+                client: client.ip(),
+                identifier: client.port(),
+                target: target.ip(),
+                route,
+            },
+            Protocol::Udp | Protocol::Tcp => FlowKey::Udp {
+                ingress,
+                client,
+                route,
+            },
+        }
+    }
+
     pub(crate) fn new(
         ingress: IngressId,
         protocol: Protocol,

@@ -11,7 +11,6 @@
 use std::net::{IpAddr, SocketAddr};
 
 use crate::addr::ShardId;
-use crate::hash::mix;
 use crate::packet::{PacketView, QuotedPacket};
 
 /// The shard, of `shards`, that owns a packet from a client.
@@ -19,17 +18,14 @@ pub fn owner(packet: &PacketView<'_>, shards: u8) -> ShardId {
     if shards <= 1 {
         return ShardId(0);
     }
-    let addresses = pair(endpoint(packet.source(), 0), endpoint(packet.destination(), 0));
+    let (source, destination) = (packet.source(), packet.destination());
     let hash = match (packet.protocol(), packet.ports()) {
-        (Some(6), Some((source, destination))) => pair(
-            endpoint(packet.source(), source),
-            endpoint(packet.destination(), destination),
-        ),
-        (Some(17), Some((source, _))) => endpoint(packet.source(), source),
-        (Some(1 | 58), _) => packet
-            .quoted()
-            .map_or(addresses, |quoted| hash_of_quoted(&quoted)),
-        _ => addresses,
+        (Some(6), Some((from, to))) => pair(endpoint(source, from), endpoint(destination, to)),
+        (Some(17), Some((from, _))) => endpoint(source, from),
+        _ => match packet.quoted() {
+            Some(quoted) => hash_of_quoted(&quoted),
+            None => pair(endpoint(source, 0), endpoint(destination, 0)),
+        },
     };
     among(hash, shards)
 }
@@ -64,6 +60,14 @@ fn pair(a: u64, b: u64) -> u64 {
     mix(a.wrapping_add(b))
 }
 
+/// The finalizer of SplitMix64: each bit of the input changes about half the bits of the output.
+const fn mix(value: u64) -> u64 {
+    let value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let value = (value ^ value >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let value = (value ^ value >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    value ^ value >> 31
+}
+
 fn among(hash: u64, shards: u8) -> ShardId {
     ShardId((((hash >> 32) * u64::from(shards.max(1))) >> 32) as u8)
 }
@@ -72,11 +76,13 @@ fn among(hash: u64, shards: u8) -> ShardId {
 mod tests {
     use std::net::Ipv4Addr;
 
+    use etherparse::PacketBuilder;
+
     use proptest::prelude::*;
 
     use super::*;
     use crate::io::{IcmpError, Unreachable};
-    use crate::packet::{Datagram, Echo, Reset};
+    use crate::packet::{Datagram, Echo};
 
     const SHARDS: u8 = 16;
 
@@ -142,14 +148,17 @@ mod tests {
     }
 
     fn tcp(source: SocketAddr, destination: SocketAddr) -> Vec<u8> {
-        let reset = Reset {
-            source,
-            destination,
-            sequence: 0,
-            acknowledgment: None,
-        };
-        let mut packet = vec![0; reset.packet_len()];
-        reset.write(&mut packet);
+        let mut packet = Vec::new();
+        match (source.ip(), destination.ip()) {
+            (IpAddr::V4(from), IpAddr::V4(to)) => PacketBuilder::ipv4(from.octets(), to.octets(), 64)
+                .tcp(source.port(), destination.port(), 0, 0)
+                .write(&mut packet, &[]),
+            (IpAddr::V6(from), IpAddr::V6(to)) => PacketBuilder::ipv6(from.octets(), to.octets(), 64)
+                .tcp(source.port(), destination.port(), 0, 0)
+                .write(&mut packet, &[]),
+            _ => panic!("one version"),
+        }
+        .unwrap();
         packet
     }
 

@@ -45,9 +45,11 @@ impl Outcome {
     }
 }
 
+type Sink<'a> = Box<dyn FnMut(&[u8]) + 'a>;
+
 /// A recorded engine and what came of every call.
 struct Run<'a> {
-    engine: Recorded<Box<dyn FnMut(&[u8]) + 'a>>,
+    engine: Recorded<Sink<'a>>,
     world: Recorder,
     now: Timestamp,
     outcomes: Vec<Outcome>,

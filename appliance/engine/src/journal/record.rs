@@ -193,7 +193,7 @@ impl<S: FnMut(&[u8])> Recorder<S> {
         if room.is_empty() {
             room.push(0);
         }
-        if answer == (room.len() % 2 == 0) {
+        if answer == (room.len().is_multiple_of(2)) {
             room.push(0);
         }
         *room.last_mut().expect("pushed above") += 1;

@@ -1,4 +1,4 @@
-//! Packets that the engine makes itself: datagrams for clients, ICMP messages, and resets.
+//! Packets that the engine makes itself: datagrams for clients, and ICMP messages.
 //!
 //! Each knows its length first and is then written into a buffer of that length, as
 //! [`World::packet_buffer`] lends it.
@@ -6,10 +6,9 @@
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 
-use super::checksum::{add, pseudo_header, sum};
-use super::offload::{TCP_CHECKSUM, UDP_CHECKSUM, put};
-use super::transport::{Echo, TcpFlags, TcpView};
-use super::view::PacketView;
+use super::checksum::{add, nonzero, pseudo_header, sum};
+use super::offload::{UDP_CHECKSUM, put};
+use super::transport::Echo;
 use crate::addr::{FlowId, IngressId};
 use crate::event::DropReason;
 use crate::io::{IcmpError, PacketOut, Unreachable, World};
@@ -35,19 +34,6 @@ pub struct Datagram<'a> {
     header: [u8; HEADER_LEN],
     payload: &'a [u8],
     segment_size: Option<NonZeroU16>,
-}
-
-/// A TCP segment that resets a connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Reset {
-    /// Who seems to send it: the client's target.
-    pub source: SocketAddr,
-    /// The client.
-    pub destination: SocketAddr,
-    /// Sequence number.
-    pub sequence: u32,
-    /// Acknowledgment number, where the segment has one.
-    pub acknowledgment: Option<u32>,
 }
 
 impl<'a> Datagram<'a> {
@@ -109,7 +95,7 @@ impl<'a> Datagram<'a> {
 
     /// An ICMP or ICMPv6 error from `source` to the client at `destination`, quoting as much of the client's
     /// packet `quoted` as RFC 1812 (576 bytes in all) and RFC 4443 (1280) want. Ask
-    /// [`PacketView::may_cause_error`] first.
+    /// [`PacketView::may_cause_error`](super::PacketView::may_cause_error) first.
     ///
     /// # Errors
     ///
@@ -278,10 +264,7 @@ impl<'a> Datagram<'a> {
         let room = (mtu - headers) & !7;
         let mut header = self.header;
         if self.protocol == 17 {
-            let checksum = match !add(self.pseudo_header(), add(sum(&header), sum(self.payload))) {
-                0 => 0xffff, // zero stands for none
-                checksum => checksum,
-            };
+            let checksum = nonzero(add(self.pseudo_header(), add(sum(&header), sum(self.payload))));
             put(&mut header, usize::from(UDP_CHECKSUM), &checksum.to_be_bytes());
         }
         let mut offset = 0;
@@ -344,72 +327,8 @@ impl<'a> Datagram<'a> {
     }
 }
 
-impl Reset {
-    /// The reset for a segment that belongs to no connection (RFC 9293, section 3.10.7.1); `None` for a segment
-    /// that is a reset itself.
-    pub fn answering(packet: &PacketView<'_>, segment: &TcpView<'_>) -> Option<Self> {
-        if segment.flags.rst() {
-            return None;
-        }
-        let (sequence, acknowledgment) = if segment.flags.ack() {
-            (segment.acknowledgment, None)
-        } else {
-            (0, Some(segment.sequence.wrapping_add(segment.sequence_len())))
-        };
-        Some(Self {
-            source: SocketAddr::new(packet.destination(), segment.destination_port),
-            destination: SocketAddr::new(packet.source(), segment.source_port),
-            sequence,
-            acknowledgment,
-        })
-    }
-
-    /// Length of the packet, in bytes.
-    pub fn packet_len(&self) -> usize {
-        ip_header_len(self.destination.ip()) + 20
-    }
-
-    /// Writes the packet, complete with checksums, into `buffer`, which is [`Reset::packet_len`] long.
-    ///
-    /// # Panics
-    ///
-    /// If `buffer` has another length, or the addresses are of different IP versions.
-    pub fn write(&self, buffer: &mut [u8]) {
-        let (source, destination) = (self.source.ip(), self.destination.ip());
-        let (ip, tcp) = buffer.split_at_mut(ip_header_len(destination));
-        const DONT_FRAGMENT: [u8; 2] = [0x40, 0];
-        write_ip_header(ip, source, destination, 6, tcp.len(), [[0; 2], DONT_FRAGMENT]);
-        tcp.fill(0);
-        put(tcp, 0, &self.source.port().to_be_bytes());
-        put(tcp, 2, &self.destination.port().to_be_bytes());
-        put(tcp, 4, &self.sequence.to_be_bytes());
-        put(tcp, 8, &self.acknowledgment.unwrap_or(0).to_be_bytes());
-        tcp[12] = 5 << 4;
-        tcp[13] = TcpFlags::RST
-            | if self.acknowledgment.is_some() {
-                TcpFlags::ACK
-            } else {
-                0
-            };
-        let checksum = !add(pseudo_header(source, destination, 6, tcp.len()), sum(tcp));
-        put(tcp, usize::from(TCP_CHECKSUM), &checksum.to_be_bytes());
-    }
-
-    /// Sends the packet.
-    pub fn send(&self, world: &mut dyn World, ingress: IngressId, flow: Option<FlowId>) {
-        let buffer = world.packet_buffer(self.packet_len());
-        self.write(buffer);
-        world.send_packet(PacketOut {
-            ingress,
-            flow,
-            header_len: ip_header_len(self.destination.ip()) as u16,
-            partial_checksum: None,
-            segment_size: None,
-        });
-    }
-}
-
-const fn ip_header_len(address: IpAddr) -> usize {
+/// Length of an IP header without options or extension headers.
+pub(crate) const fn ip_header_len(address: IpAddr) -> usize {
     match address {
         IpAddr::V4(_) => 20,
         IpAddr::V6(_) => 40,
@@ -418,7 +337,7 @@ const fn ip_header_len(address: IpAddr) -> usize {
 
 /// Fills `header` for `payload_len` bytes behind it. `fragment` is what IPv4 says of fragments: identification,
 /// then flags and offset.
-fn write_ip_header(
+pub(crate) fn write_ip_header(
     header: &mut [u8],
     source: IpAddr,
     destination: IpAddr,
@@ -476,3 +395,6 @@ fn icmpv6_error(error: IcmpError) -> (u8, u8, u32) {
         IcmpError::TimeExceeded => (3, 0, 0),
     }
 }
+
+#[cfg(test)]
+mod tests;

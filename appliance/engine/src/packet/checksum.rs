@@ -57,6 +57,14 @@ pub(crate) fn pseudo_len(protocol: u8, len: usize) -> u16 {
     fold(len as u64 + u64::from(protocol))
 }
 
+/// The checksum for `sum`, where zero stands for none and is sent as all ones, its equal (RFC 768).
+pub fn nonzero(sum: u16) -> u16 {
+    match !sum {
+        0 => 0xffff,
+        checksum => checksum,
+    }
+}
+
 /// What `checksum` becomes when a word that it covers changes from `old` to `new` (RFC 1624, equation 3).
 pub fn update(checksum: u16, old: u16, new: u16) -> u16 {
     !add(add(!checksum, !old), new)

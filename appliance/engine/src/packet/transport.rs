@@ -34,7 +34,7 @@ pub struct TcpView<'a> {
     /// The window as sent, not scaled.
     pub window: u16,
     /// The options.
-    pub options: TcpOptions,
+    pub options: TcpOptions<'a>,
     /// Length of the header with options, in bytes.
     pub header_len: u8,
     /// The data.
@@ -47,15 +47,15 @@ pub struct TcpFlags(pub u8);
 
 /// The options of a TCP segment that mean something here; others are passed over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct TcpOptions {
+pub struct TcpOptions<'a> {
     /// Maximum segment size, in bytes.
     pub max_segment_size: Option<u16>,
     /// Window scale shift, at most 14 whatever was sent (RFC 7323, section 2.3).
     pub window_scale: Option<u8>,
     /// Selective acknowledgments are welcome (RFC 2018).
     pub sack_permitted: bool,
-    /// Blocks received out of order, left and right edge, in the order sent.
-    pub sack: [Option<(u32, u32)>; 4],
+    /// Blocks received out of order, in the order sent: left and right edge, four bytes each.
+    pub sack: &'a [[u8; 8]],
     /// TSval and TSecr (RFC 7323).
     pub timestamps: Option<(u32, u32)>,
 }
@@ -112,6 +112,7 @@ pub struct Echo<'a> {
 
 impl<'a> TcpView<'a> {
     /// Reads the segment that fills `bytes`.
+    #[inline(always)] // into its one caller: to move the result there would cost as much as to make it
     pub(super) fn parse(bytes: &'a [u8]) -> Result<Self, DropReason> {
         let header: &[u8; 20] = bytes.first_chunk().ok_or(DropReason::TcpHeader)?;
         let header_len = usize::from(header[12] >> 4) * 4;
@@ -196,9 +197,25 @@ impl TcpFlags {
     }
 }
 
-impl TcpOptions {
+impl<'a> TcpOptions<'a> {
     /// Reads the options; `None` if one is cut or of a length that its kind cannot have.
-    fn parse(mut rest: &[u8]) -> Option<Self> {
+    #[inline(always)] // as above
+    fn parse(bytes: &'a [u8]) -> Option<Self> {
+        match *bytes {
+            [] => Some(Self::default()),
+            // What almost every segment has (RFC 7323, appendix A).
+            [1, 1, 8, 10, a, b, c, d, e, f, g, h] => {
+                let timestamps = (u32::from_be_bytes([a, b, c, d]), u32::from_be_bytes([e, f, g, h]));
+                Some(Self {
+                    timestamps: Some(timestamps),
+                    ..Self::default()
+                })
+            }
+            _ => Self::parse_list(bytes),
+        }
+    }
+
+    fn parse_list(mut rest: &'a [u8]) -> Option<Self> {
         let mut options = Self::default();
         while let Some((&kind, behind)) = rest.split_first() {
             match kind {
@@ -231,9 +248,7 @@ impl TcpOptions {
                     if blocks.is_empty() {
                         return None;
                     }
-                    for (slot, block) in options.sack.iter_mut().zip(blocks) {
-                        *slot = Some((long(block, 0), long(block, 4)));
-                    }
+                    options.sack = blocks;
                 }
                 8 if data.len() == 8 => options.timestamps = Some((long(data, 0), long(data, 4))),
                 _ => {}
@@ -330,3 +345,6 @@ fn word(bytes: &[u8], at: usize) -> u16 {
 fn long(bytes: &[u8], at: usize) -> u32 {
     u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
+
+#[cfg(test)]
+mod tests;

@@ -81,6 +81,7 @@ impl<'a> PacketView<'a> {
     ///
     /// [`DropReason::IpHeader`], [`DropReason::IpLength`] or [`DropReason::ExtensionHeader`]: lists do not judge
     /// such a packet either. The IPv4 header checksum is not looked at.
+    #[inline]
     pub fn parse(bytes: &'a [u8]) -> Result<Self, DropReason> {
         match bytes.first().map(|byte| byte >> 4) {
             Some(4) => Self::parse_v4(bytes),
@@ -182,11 +183,20 @@ impl<'a> PacketView<'a> {
 
     /// The packet that an ICMP error quotes; `None` for other packets.
     pub fn quoted(&self) -> Option<QuotedPacket> {
-        match self.transport() {
-            Ok(Transport::Icmp(IcmpView {
+        if self.walk.fragment.is_some() {
+            return None;
+        }
+        let bytes = &self.bytes[self.transport_offset()..];
+        let icmp = match (self.walk.protocol, self.is_ipv6()) {
+            (Some(1), false) => IcmpView::parse_v4(bytes),
+            (Some(58), true) => IcmpView::parse_v6(bytes),
+            _ => return None,
+        };
+        match icmp {
+            Ok(IcmpView {
                 message: IcmpMessage::Error { quoted, .. },
                 ..
-            })) => quoted,
+            }) => quoted,
             Ok(_) | Err(_) => None,
         }
     }
@@ -248,6 +258,7 @@ impl<'a> PacketView<'a> {
     /// [`DropReason::UnsupportedProtocol`]; the header, flags, type and port reasons of each protocol; and
     /// [`DropReason::ExtensionHeader`] for a fragment, which is to be reassembled first and cannot be a fragment
     /// any more then.
+    #[inline]
     pub fn transport(&self) -> Result<Transport<'a>, DropReason> {
         if self.walk.fragment.is_some() {
             return Err(DropReason::ExtensionHeader);
@@ -525,3 +536,6 @@ fn final_segment(bytes: &[u8]) -> Option<Ipv6Addr> {
     let address: [u8; 16] = *bytes.get(8 + index * 16..)?.first_chunk()?;
     Some(address.into())
 }
+
+#[cfg(test)]
+mod tests;

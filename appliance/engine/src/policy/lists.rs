@@ -7,8 +7,6 @@ use hashbrown::HashTable;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::hash::mix;
-
 /// What a list entry does with the packets it decides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -353,6 +351,12 @@ impl Address for u128 {
     fn hash(self, length: u8) -> u64 {
         mix(mix((self >> 64) as u64 ^ u64::from(length)) ^ self as u64)
     }
+}
+
+/// Multiplies and folds: every bit of `value` reaches the top and the bottom of the result, where hash tables look.
+const fn mix(value: u64) -> u64 {
+    let product = value as u128 * 0x9e37_79b9_7f4a_7c15;
+    (product >> 64) as u64 ^ product as u64
 }
 
 impl fmt::Display for ListEntry {

@@ -104,3 +104,115 @@ fn fits(matches: &RuleMatch, protocol: Protocol, client: SocketAddr, target: Soc
         && any_of(&matches.clients, client)
         && any_of(&matches.targets, target)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CLIENT: &str = "10.0.0.2:4000";
+    const TARGET: &str = "192.0.2.7:443";
+
+    #[test]
+    fn no_rule_means_direct() {
+        assert_eq!(
+            asked(&[], Protocol::Tcp, CLIENT, TARGET),
+            (Action::Direct, RuleRef::Default)
+        );
+    }
+
+    #[test]
+    fn first_rule_that_fits_decides() {
+        let rules = [
+            rule(Action::Drop, |matches| {
+                matches.targets = vec![net("198.51.100.0/24")]
+            }),
+            rule(Action::Reject, |matches| {
+                matches.targets = vec![net("192.0.2.0/24")]
+            }),
+            rule(Action::Drop, |_| {}),
+        ];
+        assert_eq!(
+            asked(&rules, Protocol::Tcp, CLIENT, TARGET),
+            (Action::Reject, RuleRef::Rule(1))
+        );
+        assert_eq!(
+            asked(&rules, Protocol::Tcp, CLIENT, "203.0.113.1:443"),
+            (Action::Drop, RuleRef::Rule(2))
+        );
+    }
+
+    #[test]
+    fn all_conditions_must_hold_and_any_of_a_list_will_do() {
+        let rules = [rule(Action::Drop, |matches| {
+            matches.clients = vec![net("10.1.0.0/16"), net("10.0.0.0/16")];
+            matches.targets = vec![net("192.0.2.7/32")];
+            matches.protocols = vec![Protocol::Udp, Protocol::Tcp];
+            matches.ports = vec![
+                PortRange { first: 80, last: 80 },
+                PortRange {
+                    first: 440,
+                    last: 443,
+                },
+            ];
+        })];
+        let is_dropped = |protocol, client, target| asked(&rules, protocol, client, target).0 == Action::Drop;
+        assert!(is_dropped(Protocol::Tcp, CLIENT, TARGET));
+        assert!(is_dropped(Protocol::Udp, CLIENT, "192.0.2.7:440"));
+        assert!(!is_dropped(Protocol::Tcp, "10.2.0.2:4000", TARGET));
+        assert!(!is_dropped(Protocol::Tcp, CLIENT, "192.0.2.8:443"));
+        assert!(!is_dropped(Protocol::Tcp, CLIENT, "192.0.2.7:444"));
+        assert!(!is_dropped(Protocol::Icmp, CLIENT, TARGET));
+    }
+
+    #[test]
+    fn icmp_fits_no_rule_with_ports() {
+        let rules = [rule(Action::Drop, |matches| {
+            matches.ports = vec![PortRange {
+                first: 0,
+                last: u16::MAX,
+            }]
+        })];
+        assert_eq!(
+            asked(&rules, Protocol::Icmp, "10.0.0.2:0", "192.0.2.7:0").0,
+            Action::Direct
+        );
+        assert_eq!(
+            asked(&rules, Protocol::Udp, "10.0.0.2:1", "192.0.2.7:1").0,
+            Action::Drop
+        );
+    }
+
+    #[test]
+    fn network_of_one_ip_version_fits_no_address_of_the_other() {
+        let rules = [rule(Action::Drop, |matches| {
+            matches.targets = vec![net("0.0.0.0/0")]
+        })];
+        assert_eq!(
+            asked(&rules, Protocol::Tcp, "[fd00::2]:4000", "[2001:db8::7]:443").0,
+            Action::Direct
+        );
+        assert_eq!(
+            asked(&rules, Protocol::Tcp, "[fd00::2]:4000", "[::ffff:192.0.2.7]:443").0,
+            Action::Direct
+        );
+    }
+
+    fn asked(rules: &[Rule], protocol: Protocol, client: &str, target: &str) -> (Action, RuleRef) {
+        let decision = decide(rules, protocol, client.parse().unwrap(), target.parse().unwrap());
+        (decision.action, decision.rule)
+    }
+
+    fn rule(action: Action, fill: impl FnOnce(&mut RuleMatch)) -> Rule {
+        let mut matches = RuleMatch::default();
+        fill(&mut matches);
+        Rule {
+            name: "rule".into(),
+            matches,
+            action,
+        }
+    }
+
+    fn net(text: &str) -> IpNet {
+        text.parse().unwrap()
+    }
+}

@@ -195,6 +195,14 @@ fn data_behind_the_last_fragment_is_refused() {
         push(&mut reassembler, Timestamp::ZERO, &sooner),
         Err(DropReason::FragmentLength)
     );
+
+    let mut reassembler = Reassembler::new(1 << 20, TIMEOUT);
+    push(&mut reassembler, Timestamp::ZERO, &behind).unwrap();
+    let last = fragment_v4(&packet, 64, &[1; 36], false, 3);
+    assert_eq!(
+        push(&mut reassembler, Timestamp::ZERO, &last),
+        Err(DropReason::FragmentLength)
+    );
 }
 
 #[test]

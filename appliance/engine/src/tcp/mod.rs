@@ -38,13 +38,13 @@ use std::time::Duration;
 
 use self::arena::Arena;
 use self::segment::{Control, Syn, SynPacket};
-use self::stack::{Link, Setup, Stack};
+use self::stack::{Link, Sending, Setup, Stack};
 use crate::addr::{FlowId, IngressId};
 use crate::config::{Config, Timeouts};
 use crate::event::{CloseReason, DropReason, Event};
-use crate::flow::KeyHasher;
+use crate::flow::{FlowKey, KeyHasher};
 use crate::io::{UpstreamCommand, World};
-use crate::packet::{PacketView, TcpFlags, TcpView};
+use crate::packet::{PacketView, TcpFlags, TcpView, ip_header_len};
 use crate::policy::RuleRef;
 use crate::relay::{NameWatcher, Relay};
 use crate::time::Timestamp;
@@ -88,6 +88,10 @@ pub(crate) struct TcpFlow {
     pub(crate) rule: RuleRef,
     pub(crate) queued: Queued,
     pub(crate) dirty: bool,
+    /// A timer has come up: one of the flow's limits may be passed.
+    pub(crate) due: bool,
+    /// It counts among the flows whose upstream is being connected; kept by the engine.
+    pub(crate) half_open: bool,
     syn: Syn,
     phase: Phase,
     /// When the phase began.
@@ -187,6 +191,8 @@ impl TcpFlow {
             rule,
             queued: Queued::NEVER,
             dirty: false,
+            due: false,
+            half_open: true,
             syn,
             phase: Phase::Connecting,
             since: now,
@@ -198,7 +204,7 @@ impl TcpFlow {
             remind_at: None,
             consumed: 0,
             accepted: 0,
-            relay: Relay::inspected_by(Box::new(NameWatcher::new())),
+            relay: Relay::inspected_by(|| Box::new(NameWatcher::new())),
             upstream: Upstream::Open {
                 eof: false,
                 shut: false,
@@ -206,6 +212,14 @@ impl TcpFlow {
             readable_told: false,
             room_wanted: true,
             established: false,
+        }
+    }
+
+    pub(crate) fn key(&self) -> FlowKey {
+        FlowKey::Tcp {
+            ingress: self.ingress,
+            client: self.client,
+            target: self.target,
         }
     }
 
@@ -428,7 +442,7 @@ impl TcpFlow {
         else {
             return false;
         };
-        let header_len = segment::ip_header_len(self.client.ip()) as u16;
+        let header_len = ip_header_len(self.client.ip()) as u16;
         let largest = cx.config.mtu - header_len - segment::TCP_HEADER_LEN as u16;
         let client_mss = self
             .syn
@@ -592,7 +606,9 @@ impl TcpFlow {
 
     /// Sends what there is to send, tells the driver what it has to know, and says when to come back.
     pub(crate) fn take_turn(&mut self, id: FlowId, cx: &mut Context<'_>) -> Turn {
-        if let Some(reason) = self.overdue(cx) {
+        if std::mem::take(&mut self.due)
+            && let Some(reason) = self.overdue(cx)
+        {
             if self.is_time_wait() {
                 return Turn::Forgotten;
             }
@@ -618,10 +634,10 @@ impl TcpFlow {
             }
             Phase::Live(stack) => {
                 let (now, world) = (cx.now, &mut *cx.world);
-                let sending = || (0..PACKETS_PER_TURN).all(|_| stack.egress(now, false, world));
-                match catch_unwind(AssertUnwindSafe(sending)) {
-                    Ok(true) => Turn::More,
-                    Ok(false) => self.end_of_turn(id, cx),
+                match catch_unwind(AssertUnwindSafe(|| stack.send(now, PACKETS_PER_TURN, world))) {
+                    Ok(Sending::More) => Turn::More,
+                    Ok(Sending::Blocked) => Turn::Blocked,
+                    Ok(Sending::Done { due }) => self.end_of_turn(due, cx),
                     Err(_) => {
                         self.break_down(cx);
                         self.abort_upstream(id, cx.world);
@@ -633,8 +649,7 @@ impl TcpFlow {
     }
 
     /// After everything has been sent: whether the flow has ended, or when to come back.
-    fn end_of_turn(&mut self, id: FlowId, cx: &mut Context<'_>) -> Turn {
-        self.tell(id, cx);
+    fn end_of_turn(&mut self, due: Option<Timestamp>, cx: &mut Context<'_>) -> Turn {
         let Phase::Live(stack) = &mut self.phase else {
             unreachable!("only live flows send")
         };
@@ -657,7 +672,6 @@ impl TcpFlow {
             }
             return Turn::Lingering(until);
         }
-        let mut due = stack.poll_at(cx.now);
         self.remind_at = match self.remind_at {
             _ if due.is_some() || stack.send_queue() == 0 => None,
             None => Some(cx.now + REMIND_AFTER),
@@ -667,12 +681,7 @@ impl TcpFlow {
             }
             later => later,
         };
-        due = due.or(self.remind_at);
-        if due.is_some_and(|due| due <= cx.now) && !cx.world.has_room() {
-            return Turn::Blocked;
-        }
-        // Nothing was left to send a moment ago: "at once" would be a timer that cannot do what it is for.
-        let due = due.map_or(Timestamp::MAX, |due| due.max(cx.now + Duration::from_millis(1)));
+        let due = due.or(self.remind_at).unwrap_or(Timestamp::MAX);
         Turn::Rest(due.min(self.limit(&cx.config.timeouts).0))
     }
 

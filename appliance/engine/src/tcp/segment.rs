@@ -1,10 +1,10 @@
 //! TCP segments that the engine writes itself: RST, ACK, and the SYN as it is fed to a flow's stack.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use crate::addr::{FlowId, IngressId};
 use crate::io::{PacketOut, World};
-use crate::packet::{TcpFlags, TcpView, checksum};
+use crate::packet::{TcpFlags, TcpView, checksum, ip_header_len, write_ip_header};
 
 /// A TCP header without options, in bytes.
 pub(super) const TCP_HEADER_LEN: usize = 20;
@@ -15,15 +15,9 @@ pub(super) const TCP_CHECKSUM_OFFSET: u16 = 16;
 const IPV4_HEADER_LEN: usize = 20;
 const IPV6_HEADER_LEN: usize = 40;
 const PROTOCOL_TCP: u8 = 6;
-const HOP_LIMIT: u8 = 64;
 
-/// Length of the IP header that the engine and smoltcp write for this family.
-pub(super) fn ip_header_len(address: IpAddr) -> usize {
-    match address {
-        IpAddr::V4(_) => IPV4_HEADER_LEN,
-        IpAddr::V6(_) => IPV6_HEADER_LEN,
-    }
-}
+/// Identification 0, which goes with the flag: such packets are never in pieces (RFC 6864).
+const DONT_FRAGMENT: [[u8; 2]; 2] = [[0, 0], [0x40, 0]];
 
 /// A segment without data.
 #[derive(Debug, Clone, Copy)]
@@ -79,8 +73,10 @@ impl Control {
 
     /// Writes the packet; the checksum field holds the pseudo-header's sum. `options` is padded to words.
     fn write(&self, packet: &mut [u8], options: &[u8]) {
-        let tcp = write_ip_header(packet, self.source.ip(), self.destination.ip());
+        let (source, destination) = (self.source.ip(), self.destination.ip());
+        let (ip, tcp) = packet.split_at_mut(ip_header_len(source));
         let tcp_len = tcp.len();
+        write_ip_header(ip, source, destination, PROTOCOL_TCP, tcp_len, DONT_FRAGMENT);
         tcp[0..2].copy_from_slice(&self.source.port().to_be_bytes());
         tcp[2..4].copy_from_slice(&self.destination.port().to_be_bytes());
         tcp[4..8].copy_from_slice(&self.sequence.to_be_bytes());
@@ -88,42 +84,10 @@ impl Control {
         tcp[12] = (((TCP_HEADER_LEN + options.len()) / 4) << 4) as u8;
         tcp[13] = self.flags;
         tcp[14..16].copy_from_slice(&self.window.to_be_bytes());
-        let sum = checksum::pseudo_header(self.source.ip(), self.destination.ip(), PROTOCOL_TCP, tcp_len);
+        let sum = checksum::pseudo_header(source, destination, PROTOCOL_TCP, tcp_len);
         tcp[16..18].copy_from_slice(&sum.to_be_bytes());
         tcp[18..20].fill(0);
         tcp[TCP_HEADER_LEN..].copy_from_slice(options);
-    }
-}
-
-/// Writes the IP header of a packet that fills `packet`, and returns what follows it.
-fn write_ip_header(packet: &mut [u8], source: IpAddr, destination: IpAddr) -> &mut [u8] {
-    let len = packet.len();
-    match (source, destination) {
-        (IpAddr::V4(source), IpAddr::V4(destination)) => {
-            let (ip, rest) = packet.split_at_mut(IPV4_HEADER_LEN);
-            ip.fill(0);
-            ip[0] = 0x45;
-            ip[2..4].copy_from_slice(&(len as u16).to_be_bytes());
-            ip[6] = 0x40; // don't fragment
-            ip[8] = HOP_LIMIT;
-            ip[9] = PROTOCOL_TCP;
-            ip[12..16].copy_from_slice(&source.octets());
-            ip[16..20].copy_from_slice(&destination.octets());
-            let sum = !checksum::sum(ip);
-            ip[10..12].copy_from_slice(&sum.to_be_bytes());
-            rest
-        }
-        (IpAddr::V6(source), IpAddr::V6(destination)) => {
-            let (ip, rest) = packet.split_at_mut(IPV6_HEADER_LEN);
-            ip[..4].copy_from_slice(&[0x60, 0, 0, 0]);
-            ip[4..6].copy_from_slice(&((len - IPV6_HEADER_LEN) as u16).to_be_bytes());
-            ip[6] = PROTOCOL_TCP;
-            ip[7] = HOP_LIMIT;
-            ip[8..24].copy_from_slice(&source.octets());
-            ip[24..40].copy_from_slice(&destination.octets());
-            rest
-        }
-        _ => unreachable!("a flow's client and target are of one family"),
     }
 }
 
@@ -274,5 +238,37 @@ pub(super) fn rewrite(packet: &[u8], transport: usize, keep: Option<usize>, into
     } else {
         into[4..6].copy_from_slice(&(tcp_len as u16).to_be_bytes());
         into[6] = PROTOCOL_TCP;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packet::TcpOptions;
+
+    #[test]
+    fn a_reset_answers_as_rfc_9293_says() {
+        // Section 3.10.7.1: SEQ=SEG.ACK with ACK set, SEQ=0 and ACK=SEG.SEQ+SEG.LEN without.
+        let endpoint = |text: &str| text.parse().expect("a socket address");
+        let answer = |sequence, flags: u8, payload: &[u8]| {
+            let segment = TcpView {
+                source_port: 1,
+                destination_port: 2,
+                sequence,
+                acknowledgment: 7,
+                flags: TcpFlags(flags),
+                window: 0,
+                options: TcpOptions::default(),
+                header_len: 20,
+                payload,
+            };
+            let reset = Control::reset_for(endpoint("10.0.0.2:1"), endpoint("192.0.2.1:2"), &segment);
+            (reset.sequence, reset.acknowledgment, reset.flags)
+        };
+        let (syn, fin, rst, ack) = (TcpFlags::SYN, TcpFlags::FIN, TcpFlags::RST, TcpFlags::ACK);
+        assert_eq!(answer(100, syn, b""), (0, 101, rst | ack));
+        assert_eq!(answer(u32::MAX, syn, b"data"), (0, 4, rst | ack));
+        assert_eq!(answer(100, ack, b"data"), (7, 0, rst));
+        assert_eq!(answer(100, ack | fin, b""), (7, 0, rst));
     }
 }

@@ -54,6 +54,16 @@ pub(super) struct Stack {
     link: Link,
 }
 
+/// How a flow's turn to send went.
+pub(super) enum Sending {
+    /// It has more to send.
+    More,
+    /// It has more to send and the device is full.
+    Blocked,
+    /// It has sent everything that may be sent, and has a timer that is `due` then.
+    Done { due: Option<Timestamp> },
+}
+
 /// What decides how a stack is set up.
 pub(super) struct Setup {
     pub(super) clients: Clients,
@@ -115,8 +125,37 @@ impl Stack {
             != PollResult::None
     }
 
+    /// Lets it send up to `most` packets, as long as the device has room.
+    pub(super) fn send(&mut self, now: Timestamp, most: usize, world: &mut dyn World) -> Sending {
+        for _ in 0..most {
+            let sent = self.egress(now, false, world);
+            // The most frequent case by far: an ACK has left, or there was none to send.
+            if self.is_receiving_only() && (sent || world.has_room()) {
+                return Sending::Done { due: None };
+            }
+            let due = self.poll_at(now);
+            let at_once = due.is_some_and(|due| due <= now);
+            if at_once && !world.has_room() {
+                return Sending::Blocked;
+            }
+            if !sent || !at_once {
+                // Where nothing was sent, "at once" is a timer that cannot do what it is for.
+                let due = due.map(|due| due.max(now + Duration::from_millis(1)));
+                return Sending::Done { due };
+            }
+        }
+        Sending::More
+    }
+
+    /// Whether all there may be to send is one ACK: the connection is open, the client has acknowledged everything,
+    /// and so no timer runs.
+    fn is_receiving_only(&self) -> bool {
+        let socket = self.sockets.socket();
+        matches!(socket.state(), State::Established | State::CloseWait) && socket.send_queue() == 0
+    }
+
     /// When its timers want it polled; a time not after `now` means at once.
-    pub(super) fn poll_at(&mut self, now: Timestamp) -> Option<Timestamp> {
+    fn poll_at(&mut self, now: Timestamp) -> Option<Timestamp> {
         let at = self.interface.poll_at(instant(now), self.sockets.set())?;
         let micros = u64::try_from(at.total_micros()).unwrap_or(0);
         Some(Timestamp::from_nanos(micros.saturating_mul(1000)) - CLOCK_AHEAD)
@@ -291,8 +330,9 @@ impl Device for Port<'_> {
         })
     }
 
+    /// The interface has taken those of [`Shape`] when it was made and goes by them.
     fn capabilities(&self) -> DeviceCapabilities {
-        self.link.capabilities()
+        DeviceCapabilities::default()
     }
 }
 
