@@ -107,6 +107,8 @@ pub(super) struct Card {
     pub(super) decided: Option<Decided>,
     /// Why the engine refuses it, as long as it does.
     pub(super) refused: Option<Refused>,
+    /// Which path refused it.
+    pub(super) path: Path,
     pub(super) closed: Option<CloseReason>,
     pub(super) name: Option<String>,
     pub(super) anomalies: Anomalies,
@@ -143,6 +145,7 @@ impl Card {
             engine: None,
             decided: None,
             refused: None,
+            path: Path::Engine,
             closed: None,
             name: None,
             anomalies: Anomalies::default(),
@@ -201,7 +204,7 @@ impl Card {
             packets: self.packets,
             verdict,
             rule: rule.map(|(policy, rule)| policies[usize::from(policy)].name(rule).to_string()),
-            path: Path::Engine,
+            path: if refused.is_some() { self.path } else { Path::Engine },
             egress,
             name: self.name,
             to_target: result.to_target.stream(),

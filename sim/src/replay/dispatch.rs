@@ -15,7 +15,7 @@ use super::roles::{Facts, Role, Roles, Sender};
 use super::{Options, Progress, SHARDS};
 use crate::capture::link::{self, LinkView};
 use crate::capture::{Capture, Damage, LinkType};
-use crate::outcome::Side;
+use crate::outcome::{Path, Side};
 
 /// An epoch ends after so many packets,
 const EPOCH_PACKETS: usize = 1024;
@@ -63,6 +63,7 @@ struct Found<'a> {
     ip: &'a [u8],
     /// How much of `ip` was captured.
     captured: usize,
+    is_reassembled: bool,
 }
 
 impl<'a> Dispatcher<'a> {
@@ -198,6 +199,7 @@ impl<'a> Dispatcher<'a> {
             link: &record.bytes[..range.start],
             ip,
             captured: captured.len(),
+            is_reassembled: false,
         });
         self.mended = mended;
         result
@@ -263,6 +265,7 @@ impl<'a> Dispatcher<'a> {
             link: &[],
             ip: &whole,
             captured: whole.len(),
+            is_reassembled: true,
         };
         match PacketView::parse(whole.ip) {
             Ok(view) if view.fragment().is_none() => self.packet(whole),
@@ -291,6 +294,7 @@ impl<'a> Dispatcher<'a> {
             time: self.now,
             side,
             verdict,
+            path: Path::Engine,
             rule: None,
             policy: 0,
             flow: 0,
@@ -327,6 +331,7 @@ impl<'a> Dispatcher<'a> {
             link_len: (start - frame) as u16,
             len: found.ip.len() as u32,
             captured: found.captured as u32,
+            is_reassembled: found.is_reassembled,
         }
     }
 

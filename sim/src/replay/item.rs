@@ -4,7 +4,7 @@ use tungate_engine::policy::RuleRef;
 use tungate_engine::{DropReason, ShardId, Timestamp};
 
 use super::roles::Place;
-use crate::outcome::{FlowRecord, Side, Totals};
+use crate::outcome::{FlowRecord, Path, Side, Totals};
 
 /// One thing for a shard to do, at its time. Items come in file order.
 #[derive(Debug, Clone, Copy)]
@@ -41,6 +41,8 @@ pub(super) struct Packet {
     pub(super) len: u32,
     /// How much of it was captured; zeros stand for the rest.
     pub(super) captured: u32,
+    /// It was put together from fragments, which a pre-filter has seen one by one.
+    pub(super) is_reassembled: bool,
 }
 
 /// Items for one worker, with their bytes. Batches go round and round.
@@ -94,6 +96,8 @@ pub(super) struct Record {
     pub(super) time: Timestamp,
     pub(super) side: Side,
     pub(super) verdict: Verdict,
+    /// Which path decided.
+    pub(super) path: Path,
     pub(super) rule: Option<RuleRef>,
     /// Index of the policy in force.
     pub(super) policy: u16,

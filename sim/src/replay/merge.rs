@@ -12,7 +12,7 @@ use tungate_engine::Policy;
 use super::Progress;
 use super::item::{Batch, Cause, Counts, Output, Record, Shown, ShownKind, Verdict};
 use super::stage::Wanted;
-use crate::outcome::{Emitted, PacketRecord, Path, Side, Sink};
+use crate::outcome::{Emitted, PacketRecord, Side, Sink};
 
 /// What the dispatcher says about an epoch.
 pub(super) struct Epoch {
@@ -117,7 +117,7 @@ impl<'a> Merge<'a> {
             number: record.number,
             time: record.time,
             side: record.side,
-            path: (record.side != Side::None).then_some(Path::Engine),
+            path: (record.side != Side::None).then_some(record.path),
             reason,
             dropped,
             rule: record.rule.map(|rule| (Arc::clone(policy), rule)),

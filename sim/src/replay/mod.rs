@@ -30,6 +30,7 @@ mod host;
 mod item;
 mod journal;
 mod merge;
+mod prefilter;
 mod repair;
 mod roles;
 mod shard;
@@ -53,6 +54,7 @@ use tungate_engine::config::Clients;
 use tungate_engine::{Config, Policy, Timestamp};
 
 pub use self::journal::{Repeated, repeat};
+pub use self::prefilter::Prefiltering;
 pub use self::repair::Checksums;
 use self::dispatch::Dispatcher;
 use self::merge::Merge;
@@ -108,6 +110,8 @@ pub struct Options {
     pub checksums: Checksums,
     /// Congestion control towards clients.
     pub congestion: Congestion,
+    /// Who runs the pre-filter's program. The digest does not depend on it.
+    pub prefilter: Prefiltering,
     /// Threads for the shards; one per processor by default. The result does not depend on it.
     pub jobs: Option<NonZeroUsize>,
     /// What the engines' hash keys and sequence numbers are made from.
@@ -124,6 +128,7 @@ impl Default for Options {
             midstream: Midstream::default(),
             checksums: Checksums::default(),
             congestion: Congestion::default(),
+            prefilter: Prefiltering::default(),
             jobs: None,
             seed: SEED,
         }
@@ -201,6 +206,7 @@ fn run_with(
             lines: sink.wants_lines(),
         },
         journal: journal.is_some(),
+        prefilter: options.prefilter,
         started: 0,
         #[cfg(test)]
         tamper: None,

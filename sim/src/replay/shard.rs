@@ -14,6 +14,7 @@ use tungate_engine::{Config, IngressId, Input, Judgement, PacketIn, Policy, Shar
 use super::card::{Card, Refused};
 use super::datagram::DatagramFlow;
 use super::host::Host;
+use super::prefilter::{Filter, Prefiltering, Seen};
 use super::item::{Cause, Counts, Item, Judged, Packet, Record, Reply, Verdict, What};
 use super::repair::{self, Checksums, Soundness};
 use super::roles::{Begins, Place};
@@ -21,7 +22,7 @@ use super::stage::{Flow, Stage, Wanted};
 use super::tcp::TcpFlow;
 use super::transcript::Line;
 use super::{Midstream, SHARDS};
-use crate::outcome::Side;
+use crate::outcome::{Path, Side};
 
 /// Longest that time runs on behind a capture's end.
 pub(super) const SETTLE_MAX: Duration = Duration::from_secs(300);
@@ -40,6 +41,7 @@ pub(super) struct Setup {
     pub(super) midstream: Midstream,
     pub(super) wanted: Wanted,
     pub(super) journal: bool,
+    pub(super) prefilter: Prefiltering,
     /// When the first packet was captured, in nanoseconds since the Unix epoch.
     pub(super) started: u64,
     /// Changes a packet that the engine sends; `true` loses it.
@@ -106,11 +108,15 @@ impl Shard {
     }
 
     /// Does what `item` says, behind everything that is due before it.
-    pub(super) fn play(&mut self, item: &Item, bytes: &mut [u8]) -> Option<Reply> {
+    pub(super) fn play(&mut self, item: &Item, bytes: &mut [u8], filter: &mut Filter) -> Option<Reply> {
         self.advance(item.time);
         self.now = item.time;
         match item.what {
             What::Packet(side, place, packet) => {
+                let seen = match side {
+                    Side::Client if !packet.is_reassembled => self.look(bytes, &packet, filter),
+                    Side::Client | Side::Target | Side::None => None,
+                };
                 let ip = ip_of(bytes, &packet);
                 self.stage
                     .begin(self.now, Cause::Packet(packet.number), Some(place.slot));
@@ -119,7 +125,7 @@ impl Shard {
                     card.on_packet(self.now);
                 }
                 match side {
-                    Side::Client => self.from_client(place, &packet, ip),
+                    Side::Client => self.from_client(place, &packet, ip, seen),
                     Side::Target => self.from_target(place, &packet, ip),
                     Side::None => unreachable!("only what somebody sent belongs to a conversation"),
                 }
@@ -128,8 +134,9 @@ impl Shard {
                 None
             }
             What::ClientFragment(packet) => {
+                let seen = self.look(bytes, &packet, filter);
                 let ip = ip_of(bytes, &packet);
-                Some(Reply::Fragment(self.fragment_from_client(&packet, ip)))
+                Some(Reply::Fragment(self.fragment_from_client(&packet, ip, seen)))
             }
             What::TargetFragment(place, packet) => {
                 if let Some(card) = self.stage.card(place.slot) {
@@ -252,18 +259,32 @@ impl Shard {
         }
     }
 
-    fn from_client(&mut self, place: Place, packet: &Packet, ip: &mut [u8]) {
+    /// What the pre-filter makes of a packet's frame.
+    fn look(&self, bytes: &[u8], packet: &Packet, filter: &mut Filter) -> Option<Seen> {
+        let start = packet.frame as usize;
+        let end = start + usize::from(packet.link_len) + packet.len as usize;
+        filter.look(self.stage.policy, self.now, &bytes[start..end])
+    }
+
+    fn from_client(&mut self, place: Place, packet: &Packet, ip: &mut [u8], seen: Option<Seen>) {
         let verdict = match &self.stage.flows[place.slot as usize] {
             Some(Flow::Tcp(_)) => self.tcp_from_client(place.slot, packet, ip),
             Some(Flow::Datagram(_)) => self.datagram_from_client(place.slot, packet, ip),
             Some(Flow::Other(_)) | None => self.other_from_client(place.slot, packet, ip),
         };
+        let path = self.counts.compare(seen, verdict);
+        if let Some(card) = self.stage.card(place.slot)
+            && card.refused.is_some()
+        {
+            card.path = path;
+        }
         let (verdict, rule) = verdict;
         self.record(Record {
             number: packet.number,
             time: self.now,
             side: Side::Client,
             verdict,
+            path,
             rule,
             policy: self.stage.policy,
             flow: place.flow,
@@ -300,6 +321,7 @@ impl Shard {
     fn record_target(&mut self, place: Place, packet: &Packet) -> bool {
         let card = self.stage.card(place.slot);
         let refused = card.as_ref().and_then(|card| card.refused);
+        let path = card.as_ref().filter(|card| card.refused.is_some()).map_or(Path::Engine, |card| card.path);
         let decided = card.and_then(|card| card.decided);
         let (verdict, rule, policy) = match (refused, decided) {
             (Some(refused), _) => (Verdict::Drop(refused.reason), refused.rule, refused.policy),
@@ -311,6 +333,7 @@ impl Shard {
             time: self.now,
             side: Side::Target,
             verdict,
+            path,
             rule,
             policy,
             flow: place.flow,
@@ -320,7 +343,7 @@ impl Shard {
 
     /// Has the engine put a client's fragment together with others. Returns the whole packet, whose record is that
     /// of its last fragment, if this was the last one missing.
-    fn fragment_from_client(&mut self, packet: &Packet, ip: &mut [u8]) -> Option<Vec<u8>> {
+    fn fragment_from_client(&mut self, packet: &Packet, ip: &mut [u8], seen: Option<Seen>) -> Option<Vec<u8>> {
         self.stage
             .begin(self.now, Cause::Packet(packet.number), None);
         let state = match PacketView::parse(ip) {
@@ -333,6 +356,8 @@ impl Shard {
         };
         self.stage.whole = None;
         let judgement = self.judge(ip, state);
+        let verdict = judgement.dropped.map_or(Verdict::Pass, Verdict::Drop);
+        let path = self.counts.compare(seen, (verdict, judgement.rule));
         self.settle();
         if let Some(whole) = self.stage.whole.take() {
             return Some(whole);
@@ -341,7 +366,8 @@ impl Shard {
             number: packet.number,
             time: self.now,
             side: Side::Client,
-            verdict: judgement.dropped.map_or(Verdict::Pass, Verdict::Drop),
+            verdict,
+            path,
             rule: judgement.rule,
             policy: self.stage.policy,
             flow: 0,

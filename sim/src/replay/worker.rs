@@ -1,12 +1,13 @@
 //! A worker: some of the shards, in a thread.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::sync::mpsc::{Receiver, SyncSender};
 
 use tungate_engine::{ShardId, Timestamp};
 
 use super::SHARDS;
 use super::item::{Batch, Counts, End, Output, Reply};
+use super::prefilter::Filter;
 use super::shard::{Setup, Shard};
 
 /// Plays the items of every `jobs`-th shard.
@@ -50,6 +51,7 @@ impl<'a> Worker<'a> {
     /// Works until the capture is over, or nobody is there any more to work for.
     pub(super) fn run(self) -> Done {
         let mut shards: Vec<Shard> = Vec::new();
+        let mut filter = Filter::new(self.setup.prefilter, Arc::clone(&self.setup.policies), 0);
         let mut output = Output::default();
         while let Ok(mut batch) = self.work.recv() {
             if shards.is_empty() {
@@ -59,6 +61,7 @@ impl<'a> Worker<'a> {
                     ..self.setup.clone()
                 };
                 let own = (self.index as u8..SHARDS).step_by(self.jobs);
+                filter = Filter::new(setup.prefilter, Arc::clone(&setup.policies), started);
                 shards = own.map(|shard| Shard::new(ShardId(shard), &setup)).collect();
             }
             let mut answer = None;
@@ -66,7 +69,7 @@ impl<'a> Worker<'a> {
             for item in items.iter() {
                 let shard = &mut shards[usize::from(item.shard.0) / self.jobs];
                 std::mem::swap(&mut output, &mut shard.stage.output);
-                answer = shard.play(item, bytes);
+                answer = shard.play(item, bytes, &mut filter);
                 std::mem::swap(&mut output, &mut shard.stage.output);
             }
             match batch.end {

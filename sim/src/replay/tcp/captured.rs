@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use tungate_engine::Timestamp;
-use tungate_engine::packet::{TcpFlags, TcpOptions, TcpView};
+use tungate_engine::packet::{TcpFlags, TcpView};
 
 use super::client::{GAP_MAX, GAP_PATIENCE};
 use super::rewrite::Made;
@@ -24,7 +24,7 @@ pub(super) struct Captured {
     pub(super) acknowledgment: u32,
     pub(super) flags: TcpFlags,
     pub(super) window: u16,
-    options: TcpOptions,
+    window_scale: Option<u8>,
     /// Where the TCP header is.
     pub(super) transport: usize,
     /// Where the data is.
@@ -43,7 +43,7 @@ impl Captured {
             acknowledgment: tcp.acknowledgment,
             flags: tcp.flags,
             window: tcp.window,
-            options: tcp.options,
+            window_scale: tcp.options.window_scale,
             transport,
             payload: start..end,
             cut: end - (packet.captured as usize).clamp(start, end),
@@ -100,7 +100,7 @@ impl TcpFlow {
         match self.client.origin {
             None => {
                 self.client.begin(header.sequence);
-                self.client.on_syn(header.window, &header.options);
+                self.client.on_syn(header.window, header.window_scale);
                 if let Some(scale) = self.upstream.syn_ack {
                     self.on_scales(scale);
                 }
@@ -284,9 +284,9 @@ impl TcpFlow {
         }
         self.upstream.begin(header.sequence);
         self.upstream.answer = Some(Answer::Connected);
-        self.upstream.syn_ack = Some(header.options.window_scale);
+        self.upstream.syn_ack = Some(header.window_scale);
         if self.client.origin.is_some() {
-            self.on_scales(header.options.window_scale);
+            self.on_scales(header.window_scale);
         }
         true
     }

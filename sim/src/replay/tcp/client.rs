@@ -17,7 +17,7 @@
 use std::time::Duration;
 
 use tungate_engine::Timestamp;
-use tungate_engine::packet::{TcpFlags, TcpOptions};
+use tungate_engine::packet::TcpFlags;
 
 use super::super::stream::{Delivered, Fillers, Fingerprint, Held, Origin, SYN};
 
@@ -149,9 +149,9 @@ impl Client {
     }
 
     /// What the SYN says.
-    pub(super) fn on_syn(&mut self, window: u16, options: &TcpOptions) {
-        self.offered_shift = options.window_scale;
-        self.captured_shift = options.window_scale.unwrap_or(0);
+    pub(super) fn on_syn(&mut self, window: u16, window_scale: Option<u8>) {
+        self.offered_shift = window_scale;
+        self.captured_shift = window_scale.unwrap_or(0);
         self.right_edge = SYN + 1 + u64::from(window);
         self.sent = self.sent.max(SYN + 1);
     }
