@@ -1,0 +1,382 @@
+//! The report for people: what a network engineer would show a colleague.
+
+use std::collections::BTreeMap;
+use std::fmt::{self, Display, Write as _};
+use std::io::IsTerminal;
+
+use clap::builder::styling::{AnsiColor, Style};
+use indicatif::{DecimalBytes, HumanCount};
+
+use super::against::{Against, Decision, FlowChange, FlowState, PacketChange};
+use super::expect::Mismatch;
+use super::packets::Verdict;
+use super::{Facts, Report, explain, start_time, table};
+
+/// How many rules and reasons are listed.
+const LISTED: usize = 12;
+
+const BOLD: Style = Style::new().bold();
+const GOOD: Style = AnsiColor::Green.on_default();
+const BAD: Style = AnsiColor::Red.on_default().bold();
+const NOTABLE: Style = AnsiColor::Yellow.on_default();
+
+/// What a report is printed on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Screen {
+    /// Columns of the terminal; `None` elsewhere, where lines are as long as they are.
+    pub width: Option<usize>,
+    /// Whether it shows ANSI colours.
+    pub colour: bool,
+}
+
+/// Sums over several captures.
+#[derive(Debug, Default)]
+pub struct Total {
+    captures: u64,
+    damaged: u64,
+    packets: u64,
+    dropped: u64,
+    flows: u64,
+    fidelity: (u64, u64),
+    parity: (u64, u64),
+    differing: u64,
+}
+
+impl Screen {
+    /// Standard output as it is: colours on a terminal, unless `NO_COLOR` is set.
+    pub fn stdout() -> Self {
+        if !std::io::stdout().is_terminal() {
+            return Self::default();
+        }
+        let no_colour = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+        let width = terminal_size::terminal_size().map(|(terminal_size::Width(columns), _)| columns.into());
+        Self { width, colour: !no_colour }
+    }
+
+    fn paint(self, style: Style, text: impl Display) -> String {
+        if self.colour { format!("{style}{text}{style:#}") } else { text.to_string() }
+    }
+}
+
+impl Report {
+    /// The report as text, its last line ended.
+    pub fn text(&self, screen: Screen) -> String {
+        let mut text = Text { screen, text: String::new() };
+        text.facts(&self.facts);
+        text.packets(self);
+        text.flows(self);
+        text.findings(self);
+        if let Some(mismatches) = &self.mismatches {
+            text.expected(mismatches);
+        }
+        if let Some(against) = &self.against {
+            text.against(against);
+        }
+        text.text
+    }
+}
+
+impl Total {
+    /// Adds one capture's report.
+    pub fn add(&mut self, report: &Report) {
+        let totals = &report.facts.totals;
+        self.captures += 1;
+        self.damaged += u64::from(report.facts.damaged.is_some());
+        self.packets += totals.read;
+        self.dropped += totals.drop;
+        self.flows += report.flows.count;
+        self.fidelity.0 += totals.fidelity_exact;
+        self.fidelity.1 += totals.fidelity_flows;
+        self.parity.0 += totals.parity_disagreements;
+        self.parity.1 += totals.parity_checked;
+        self.differing += u64::from(report.differs());
+    }
+
+    /// The sums as text, with the number of captures that could not be used.
+    pub fn text(&self, screen: Screen, unusable: u64) -> String {
+        let mut text = Text { screen, text: String::new() };
+        let _ = writeln!(text.text, "{}", screen.paint(BOLD, count(self.captures, "capture")));
+        let mut parts = vec![
+            count(self.packets, "packet"),
+            format!("{} dropped", HumanCount(self.dropped)),
+            count(self.flows, "flow"),
+        ];
+        for (number, word) in
+            [(self.damaged, "damaged"), (unusable, "unusable"), (self.differing, "not as expected")]
+        {
+            if number > 0 {
+                parts.push(screen.paint(NOTABLE, format!("{number} {word}")));
+            }
+        }
+        text.item("total", parts.join(", "));
+        text.fidelity(self.fidelity.0, self.fidelity.1);
+        text.parity(self.parity.0, self.parity.1);
+        text.text
+    }
+}
+
+/// A report being written.
+struct Text {
+    screen: Screen,
+    text: String,
+}
+
+impl Text {
+    fn facts(&mut self, facts: &Facts) {
+        let totals = &facts.totals;
+        let title = self.screen.paint(BOLD, printable(&facts.capture));
+        self.line(title);
+        let format = [&facts.format].into_iter().chain(&facts.link_types);
+        self.item("format", format.map(String::as_str).collect::<Vec<_>>().join(", "));
+        let mut captured =
+            format!("{}, {}", count(totals.read, "packet"), DecimalBytes(totals.captured_bytes));
+        if let Some(start) = start_time(totals) {
+            let _ = write!(captured, " in {} s from {start}", totals.duration);
+        }
+        self.item("captured", captured);
+        if let Some(damage) = &facts.damaged {
+            let damage = self.screen.paint(BAD, printable(&damage.to_string()));
+            self.item("damage", damage);
+        }
+        let mut policy = match facts.policy.as_str() {
+            "default" => "default: all direct, no lists".to_owned(),
+            files => printable(files),
+        };
+        for (time, file) in &facts.changes {
+            let _ = write!(policy, ", {} from {time} s", printable(file));
+        }
+        self.item("policy", policy);
+    }
+
+    fn packets(&mut self, report: &Report) {
+        let totals = &report.facts.totals;
+        let mut parts = vec![
+            format!("{} from clients", HumanCount(totals.from_client)),
+            format!("{} from targets", HumanCount(totals.from_target)),
+        ];
+        if totals.not_ip > 0 {
+            parts.push(format!("{} not IP", HumanCount(totals.not_ip)));
+        }
+        if totals.unreadable > 0 {
+            parts.push(format!("{} unreadable", HumanCount(totals.unreadable)));
+        }
+        self.item("packets", parts.join(", "));
+        let mut verdicts = format!("{} pass", HumanCount(totals.pass));
+        if totals.drop > 0 {
+            verdicts = format!("{verdicts}, {}", self.paint_bad(format!("{} drop", HumanCount(totals.drop))));
+        }
+        self.item("verdicts", verdicts);
+        let reasons = report.by_reason.iter().map(|(&name, &count)| (name, count, explain::reason(name)));
+        self.list(reasons.collect());
+        let by_rule = report.rules.packets();
+        if by_rule.keys().any(|name| name != "default") {
+            self.item("rules", "packets by what decided about them".to_owned());
+            self.list(by_rule.iter().map(|(name, &count)| (name.as_str(), count, "")).collect());
+        }
+    }
+
+    fn flows(&mut self, report: &Report) {
+        let flows = &report.flows;
+        if flows.count == 0 {
+            return self.item("flows", "none".to_owned());
+        }
+        let (protocols, ends) = (counts(&flows.by_protocol), counts(&flows.by_end));
+        self.item("flows", format!("{protocols}; {}; end {ends}", counts(&flows.by_verdict)));
+        self.line(String::new());
+        let mut lines = table::flows(&flows.largest, self.screen.width).into_iter();
+        let heading = self.screen.paint(Style::new().dimmed(), lines.next().unwrap_or_default());
+        self.line(heading);
+        lines.for_each(|line| self.line(line));
+        match flows.count - flows.largest.len() as u64 {
+            0 => {}
+            more => self.line(format!("  ... and {} smaller ones; --json lists all", HumanCount(more))),
+        }
+        self.line(String::new());
+    }
+
+    fn findings(&mut self, report: &Report) {
+        let totals = &report.facts.totals;
+        if !report.flows.by_anomaly.is_empty() {
+            self.item("anomalies", "flows that showed them".to_owned());
+            let anomalies =
+                report.flows.by_anomaly.iter().map(|(&name, &count)| (name, count, explain::anomaly(name)));
+            self.list(anomalies.collect());
+        }
+        if totals.repaired_checksums > 0 {
+            let packets = count(totals.repaired_checksums, "packet");
+            self.item("checksums", format!("of {packets} repaired: left to the network card when captured"));
+        }
+        if totals.discarded_after_reset > 0 {
+            let bytes = DecimalBytes(totals.discarded_after_reset);
+            self.item("discarded", format!("{bytes} that came after the other side's reset"));
+        }
+        self.fidelity(totals.fidelity_exact, totals.fidelity_flows);
+        self.parity(totals.parity_disagreements, totals.parity_checked);
+        self.item("digest", report.facts.digest.clone());
+    }
+
+    fn fidelity(&mut self, exact: u64, flows: u64) {
+        if flows == 0 {
+            return self.item("fidelity", "no TCP flow was relayed".to_owned());
+        }
+        let style = if exact == flows { GOOD } else { NOTABLE };
+        let exact = self.screen.paint(style, format!("{} of {}", HumanCount(exact), HumanCount(flows)));
+        self.item("fidelity", format!("{exact} relayed TCP flows came out byte for byte as captured"));
+    }
+
+    fn parity(&mut self, disagreements: u64, checked: u64) {
+        let packets = count(checked, "client packet");
+        let text = match disagreements {
+            0 => format!("pre-filter and engine agree on {packets}"),
+            disagreements => {
+                let contradict = format!("contradict each other on {}", HumanCount(disagreements));
+                format!("pre-filter and engine {} of {packets}: please report it", self.paint_bad(contradict))
+            }
+        };
+        self.item("parity", text);
+    }
+
+    fn expected(&mut self, mismatches: &[Mismatch]) {
+        if mismatches.is_empty() {
+            let all = self.screen.paint(GOOD, "all as expected");
+            return self.item("expected", all);
+        }
+        let differ = self.paint_bad(format!("{} not as expected", HumanCount(mismatches.len() as u64)));
+        self.item("expected", differ);
+        for mismatch in mismatches {
+            self.line(format!("      {mismatch}"));
+        }
+    }
+
+    fn against(&mut self, against: &Against) {
+        let (packets, flows) = (&against.packets, &against.flows);
+        let policy = printable(&against.policy);
+        if against.differs() {
+            let change = format!("{} and {} change", count(packets.changed, "packet"), count(flows.changed, "flow"));
+            let change = self.screen.paint(NOTABLE, change);
+            self.item("against", format!("{policy}: {change}"));
+        } else {
+            let same = self.screen.paint(GOOD, "the same effect");
+            self.item("against", format!("{policy}: {same}"));
+        }
+        if packets.changed > 0 {
+            let (to_drop, to_pass) = (HumanCount(packets.pass_to_drop), HumanCount(packets.drop_to_pass));
+            self.line(format!("      packets: {to_drop} pass, then drop; {to_pass} drop, then pass"));
+        }
+        if packets.other_rule + flows.other_rule > 0 {
+            let packets = count(packets.other_rule, "packet");
+            let flows = count(flows.other_rule, "flow");
+            self.line(format!("      another rule decides about {packets} and {flows}, to the same effect"));
+        }
+        for change in &against.first_flows {
+            self.flow_change(change);
+        }
+        self.more(flows.changed, against.first_flows.len(), "flows");
+        for PacketChange { number, time, before, after, .. } in &against.first_packets {
+            self.line(format!("      packet {number} at {time:.6} s: {before}, then {after}"));
+        }
+        self.more(packets.changed, against.first_packets.len(), "packets");
+    }
+
+    fn flow_change(&mut self, change: &FlowChange) {
+        let FlowChange { first_packet, protocol, client, target, name, .. } = change;
+        let name = name.as_deref().map_or(String::new(), |name| format!(" ({})", printable(name)));
+        self.line(format!("      {protocol} {client} to {target}{name}, from packet {first_packet}"));
+        for (when, state) in [("before", &change.before), ("after", &change.after)] {
+            match state {
+                None => self.line(format!("        {when:6}  no such flow")),
+                Some(state) => self.line(format!("        {when:6}  {state}")),
+            }
+        }
+    }
+
+    fn more(&mut self, all: u64, shown: usize, what: &str) {
+        match all - shown as u64 {
+            0 => {}
+            more => self.line(format!("      ... and {} more {what}; --json lists all", HumanCount(more))),
+        }
+    }
+
+    /// A label and its text.
+    fn item(&mut self, label: &str, text: String) {
+        let label = self.screen.paint(BOLD, format!("{label:<9}"));
+        self.line(format!("{label}  {text}"));
+    }
+
+    /// Names with a number and a phrase each, the highest numbers first.
+    fn list(&mut self, mut entries: Vec<(&str, u64, &str)>) {
+        entries.sort_by_key(|&(name, count, _)| (std::cmp::Reverse(count), name.to_owned()));
+        let shown = &entries[..entries.len().min(LISTED)];
+        let names: Vec<String> = shown.iter().map(|&(name, ..)| printable(name)).collect();
+        let widest = |lengths: &mut dyn Iterator<Item = usize>| lengths.max().unwrap_or(0);
+        let name_width = widest(&mut names.iter().map(|name| name.chars().count()));
+        let count_width = widest(&mut shown.iter().map(|&(_, count, _)| HumanCount(count).to_string().len()));
+        for (name, &(_, count, phrase)) in names.iter().zip(shown) {
+            let count = HumanCount(count).to_string();
+            let line = format!("      {count:>count_width$}  {name:<name_width$}  {phrase}");
+            self.line(line.trim_end().to_owned());
+        }
+        self.more(entries.len() as u64, shown.len(), "names");
+    }
+
+    fn paint_bad(&self, text: String) -> String {
+        self.screen.paint(BAD, text)
+    }
+
+    fn line(&mut self, text: String) {
+        self.text += &text;
+        self.text.push('\n');
+    }
+}
+
+impl Display for Mismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (what, expected, actual) =
+            (printable(&self.what), printable(&self.expected), printable(&self.actual));
+        write!(f, "{what}: expected {expected}, found {actual}")
+    }
+}
+
+/// Such as `drop by "deny 192.0.2.0/24" (list-destination)`.
+impl Display for Decision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.verdict.map_or("not judged", Verdict::name))?;
+        if let Some(rule) = &self.rule {
+            write!(f, " by \"{}\"", printable(rule))?;
+        }
+        self.reason.map_or(Ok(()), |reason| write!(f, " ({reason})"))
+    }
+}
+
+impl Display for FlowState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.verdict)?;
+        if let Some(egress) = &self.egress {
+            write!(f, " {}", printable(egress))?;
+        }
+        if let Some(rule) = &self.rule {
+            write!(f, " by \"{}\"", printable(rule))?;
+        }
+        let (to_target, to_client) = (DecimalBytes(self.to_target.bytes), DecimalBytes(self.to_client.bytes));
+        write!(f, ", end {}, {to_target} to target, {to_client} to client", self.end)
+    }
+}
+
+/// `text` without what a terminal acts on or hides: control characters and changes of direction become escapes.
+pub(super) fn printable(text: &str) -> String {
+    let hidden = |c: char| c.is_control() || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
+    let escaped = |c: char| if hidden(c) { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(escaped).collect()
+}
+
+/// `1 packet`, `2,000 packets`.
+fn count(number: u64, what: &str) -> String {
+    format!("{} {what}{}", HumanCount(number), if number == 1 { "" } else { "s" })
+}
+
+/// `12 fin, 1 open`, the highest first.
+fn counts(by_name: &BTreeMap<&'static str, u64>) -> String {
+    let mut counts: Vec<_> = by_name.iter().collect();
+    counts.sort_by_key(|&(name, count)| (std::cmp::Reverse(count), name));
+    counts.iter().map(|(name, count)| format!("{} {name}", HumanCount(**count))).collect::<Vec<_>>().join(", ")
+}
