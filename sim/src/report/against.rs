@@ -131,12 +131,22 @@ struct Entry {
 
 impl DecisionLog {
     pub(super) fn new() -> Self {
-        Self { spool: Spool::new(), reasons: Vec::new() }
+        Self {
+            spool: Spool::new(),
+            reasons: Vec::new(),
+        }
     }
 
     pub(super) fn add(&mut self, packet: &PacketRecord, rule: Option<RuleId>) {
         let reason = packet.reason.map(|reason| self.reason(reason));
-        self.spool.push(&Entry { verdict: Verdict::of(packet), reason, rule }.to_bytes());
+        self.spool.push(
+            &Entry {
+                verdict: Verdict::of(packet),
+                reason,
+                rule,
+            }
+            .to_bytes(),
+        );
     }
 
     fn reason(&mut self, reason: &'static str) -> u16 {
@@ -236,7 +246,10 @@ impl Sink for Comparison<'_> {
     fn packet(&mut self, packet: &PacketRecord) {
         let before = self.next_before();
         let before_rule = before.rule.map(|id| self.before_rules.name(id));
-        let rule = packet.rule.as_ref().map(|(policy, rule)| self.rules.id(policy, *rule));
+        let rule = packet
+            .rule
+            .as_ref()
+            .map(|(policy, rule)| self.rules.id(policy, *rule));
         let rule = rule.map(|id| self.rules.name(id));
         let verdict = Verdict::of(packet);
         if before.verdict == verdict {
@@ -256,9 +269,15 @@ impl Sink for Comparison<'_> {
             before: Decision {
                 verdict: before.verdict,
                 rule: before_rule.map(str::to_owned),
-                reason: before.reason.and_then(|index| self.before_reasons.get(usize::from(index)).copied()),
+                reason: before
+                    .reason
+                    .and_then(|index| self.before_reasons.get(usize::from(index)).copied()),
             },
-            after: Decision { verdict, rule: rule.map(str::to_owned), reason: packet.reason },
+            after: Decision {
+                verdict,
+                rule: rule.map(str::to_owned),
+                reason: packet.reason,
+            },
         };
         self.changed_packets.push_json(&change);
         if self.first_packets.len() < SHOWN {
@@ -330,7 +349,9 @@ impl Against {
             (Some(_), Some(_)) | (None, None) => {}
         }
         self.flows.changed += 1;
-        let Some(flow) = after.as_ref().or(before.as_ref()).cloned() else { return };
+        let Some(flow) = after.as_ref().or(before.as_ref()).cloned() else {
+            return;
+        };
         let change = FlowChange {
             first_packet: flow.first_packet,
             protocol: flow.protocol,
@@ -349,8 +370,19 @@ impl Against {
 
 impl FlowLine {
     fn has_the_effect_of(&self, other: &Self) -> bool {
-        (&self.verdict, &self.egress, &self.end, &self.to_target, &self.to_client)
-            == (&other.verdict, &other.egress, &other.end, &other.to_target, &other.to_client)
+        (
+            &self.verdict,
+            &self.egress,
+            &self.end,
+            &self.to_target,
+            &self.to_client,
+        ) == (
+            &other.verdict,
+            &other.egress,
+            &other.end,
+            &other.to_target,
+            &other.to_client,
+        )
     }
 }
 

@@ -65,14 +65,19 @@ impl EmittedPackets {
         self.comment.clear();
         self.describe(packet, rules).expect("strings take everything");
         let time = self.started.saturating_add(packet.time.as_nanos());
-        let written = self.writer.write(time, packet.bytes, packet.bytes.len() as u32, &self.comment);
+        let written = self
+            .writer
+            .write(time, packet.bytes, packet.bytes.len() as u32, &self.comment);
         written.expect("an output keeps its failures");
     }
 
     /// Such as `flow 3 by "default", for packet 17`, or `for packet 17: drop, rule-reject by "ads"`.
     fn describe(&mut self, packet: &Emitted<'_>, rules: &RuleNames) -> std::fmt::Result {
         let comment = &mut self.comment;
-        let decided = self.latest.as_ref().filter(|decided| packet.cause == Some(decided.number));
+        let decided = self
+            .latest
+            .as_ref()
+            .filter(|decided| packet.cause == Some(decided.number));
         if let Some(flow) = packet.flow {
             write!(comment, "flow {flow}")?;
             if let Some(&rule) = self.flows.get(&flow) {
@@ -83,7 +88,12 @@ impl EmittedPackets {
         let separator = if comment.is_empty() { "" } else { ", " };
         write!(comment, "{separator}for packet {cause}")?;
         match decided {
-            Some(Decided { dropped: true, reason, rule, .. }) => {
+            Some(Decided {
+                dropped: true,
+                reason,
+                rule,
+                ..
+            }) => {
                 write!(comment, ": drop, {}", reason.unwrap_or("unknown"))?;
                 match rule {
                     Some(rule) => write!(comment, " by \"{}\"", rules.name(*rule)),
@@ -95,6 +105,9 @@ impl EmittedPackets {
     }
 
     pub(super) fn finish(self) -> Result<(), OutputError> {
-        self.writer.finish().expect("an output keeps its failures").finish()
+        self.writer
+            .finish()
+            .expect("an output keeps its failures")
+            .finish()
     }
 }

@@ -3,25 +3,7 @@
 //! The file is TOML; every key is optional and none is compared that is not written. An unknown key is an error.
 //!
 //! ```toml
-//! digest = "5f0c…"              # equal digests: nothing at all changed
-//! damaged = false               # whether the capture's end could not be read
-//! read = 751                    # packets; also judged, unreadable, not_ip, from_client, from_target
-//! pass = 739                    # judged packets
-//! drop = 12
-//! by_rule."deny 192.0.2.0/24" = 12
-//! by_reason.list-destination = 12
-//! disagreements = 0             # between pre-filter and engine; not 0 is a failure without this line, too
-//! flows = 13
-//! exact = "all"                 # relayed TCP flows that came out as captured: a number, or "all"
-//! by_protocol.tcp = 13          # flows; also by_verdict, by_end, by_anomaly
-//!
-//! [[flow]]                      # id, protocol, client, target and first_packet choose flows, at least one …
-//! client = "10.0.2.15"          # with or without a port
-//! target = "192.0.2.43:80"
-//! count = 2                     # … or just so many; what else is written must hold for each of them:
-//! verdict = "direct"            # also rule, path, egress, name, end, reason, exact, anomalies, and
-//! end = "fin"                   # to_target and to_client, each with bytes, sha256 and missing
-//! to_client = { bytes = 83457 }
+#![doc = include_str!("expect_example.toml")]
 //! ```
 
 use std::collections::BTreeMap;
@@ -36,6 +18,9 @@ use tungate_engine::Protocol;
 use super::Report;
 use super::flows::endpoints;
 use crate::outcome::{FlowRecord, Stream};
+
+/// Every key of a file of expectations, explained.
+pub const EXAMPLE: &str = include_str!("expect_example.toml");
 
 /// The expectations of one file.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -176,15 +161,24 @@ impl Expectations {
     ///
     /// [`ExpectError`] when it cannot be read, is not TOML, or has a key or value that means nothing.
     pub fn load(path: &Path) -> Result<Self, ExpectError> {
-        let text =
-            fs::read_to_string(path).map_err(|error| ExpectError::Io { path: path.to_owned(), error })?;
-        toml::from_str(&text).map_err(|error| ExpectError::Syntax { path: path.to_owned(), error })
+        let text = fs::read_to_string(path).map_err(|error| ExpectError::Io {
+            path: path.to_owned(),
+            error,
+        })?;
+        toml::from_str(&text).map_err(|error| ExpectError::Syntax {
+            path: path.to_owned(),
+            error,
+        })
     }
 }
 
 impl Expecting {
     pub(super) fn new(expectations: Expectations) -> Self {
-        let flows = expectations.flow.iter().map(|_| FlowFindings::default()).collect();
+        let flows = expectations
+            .flow
+            .iter()
+            .map(|_| FlowFindings::default())
+            .collect();
         Self { expectations, flows }
     }
 
@@ -219,12 +213,20 @@ impl Expecting {
             mismatches.value(what, expected.as_ref(), &actual);
         }
         mismatches.counts("by_rule", &expected.by_rule, |name| by_rule.get(name));
-        mismatches.counts("by_reason", &expected.by_reason, |name| report.by_reason.get(name));
-        mismatches.value("disagreements", expected.disagreements.as_ref(), &totals.parity_disagreements);
+        mismatches.counts("by_reason", &expected.by_reason, |name| {
+            report.by_reason.get(name)
+        });
+        mismatches.value(
+            "disagreements",
+            expected.disagreements.as_ref(),
+            &totals.parity_disagreements,
+        );
         mismatches.value("flows", expected.flows.as_ref(), &flows.count);
         match expected.exact {
             None => {}
-            Some(Exact::Flows(expected)) => mismatches.value("exact", Some(&expected), &totals.fidelity_exact),
+            Some(Exact::Flows(expected)) => {
+                mismatches.value("exact", Some(&expected), &totals.fidelity_exact)
+            }
             Some(Exact::Word(All::All)) if totals.fidelity_exact == totals.fidelity_flows => {}
             Some(Exact::Word(All::All)) => mismatches.add(
                 "exact".to_owned(),
@@ -232,10 +234,16 @@ impl Expecting {
                 totals.fidelity_exact.to_string(),
             ),
         }
-        mismatches.counts("by_protocol", &expected.by_protocol, |name| flows.by_protocol.get(name));
-        mismatches.counts("by_verdict", &expected.by_verdict, |name| flows.by_verdict.get(name));
+        mismatches.counts("by_protocol", &expected.by_protocol, |name| {
+            flows.by_protocol.get(name)
+        });
+        mismatches.counts("by_verdict", &expected.by_verdict, |name| {
+            flows.by_verdict.get(name)
+        });
         mismatches.counts("by_end", &expected.by_end, |name| flows.by_end.get(name));
-        mismatches.counts("by_anomaly", &expected.by_anomaly, |name| flows.by_anomaly.get(name));
+        mismatches.counts("by_anomaly", &expected.by_anomaly, |name| {
+            flows.by_anomaly.get(name)
+        });
         for (expectation, findings) in expected.flow.iter().zip(self.flows) {
             mismatches.flow(expectation, findings);
         }
@@ -270,18 +278,38 @@ impl FlowExpectation {
         for (key, expected, actual) in words {
             findings.compare(key, flow.id, expected.as_deref(), actual.unwrap_or("none"));
         }
-        let exact = flow.exact.map_or("not relayed".to_owned(), |exact| exact.to_string());
-        findings.compare("exact", flow.id, self.exact.map(|exact| exact.to_string()).as_deref(), &exact);
+        let exact = flow
+            .exact
+            .map_or("not relayed".to_owned(), |exact| exact.to_string());
+        findings.compare(
+            "exact",
+            flow.id,
+            self.exact.map(|exact| exact.to_string()).as_deref(),
+            &exact,
+        );
         let sorted = |names: &Vec<String>| {
             let mut names = names.clone();
             names.sort_unstable();
             names.join(", ")
         };
         let anomalies = flow.anomalies.join(", ");
-        findings.compare("anomalies", flow.id, self.anomalies.as_ref().map(sorted).as_deref(), &anomalies);
+        findings.compare(
+            "anomalies",
+            flow.id,
+            self.anomalies.as_ref().map(sorted).as_deref(),
+            &anomalies,
+        );
         let streams = [
-            (["to_target.bytes", "to_target.sha256", "to_target.missing"], &self.to_target, &flow.to_target),
-            (["to_client.bytes", "to_client.sha256", "to_client.missing"], &self.to_client, &flow.to_client),
+            (
+                ["to_target.bytes", "to_target.sha256", "to_target.missing"],
+                &self.to_target,
+                &flow.to_target,
+            ),
+            (
+                ["to_client.bytes", "to_client.sha256", "to_client.missing"],
+                &self.to_client,
+                &flow.to_client,
+            ),
         ];
         for (keys, expected, actual) in streams {
             expected.compare(keys, flow.id, actual, findings);
@@ -292,9 +320,19 @@ impl FlowExpectation {
 impl StreamExpectation {
     fn compare(&self, keys: [&'static str; 3], flow: u64, actual: &Stream, findings: &mut FlowFindings) {
         let text = |number: u64| number.to_string();
-        findings.compare(keys[0], flow, self.bytes.map(text).as_deref(), &text(actual.bytes));
+        findings.compare(
+            keys[0],
+            flow,
+            self.bytes.map(text).as_deref(),
+            &text(actual.bytes),
+        );
         findings.compare(keys[1], flow, self.sha256.as_deref(), &actual.sha256);
-        findings.compare(keys[2], flow, self.missing.map(text).as_deref(), &text(actual.missing));
+        findings.compare(
+            keys[2],
+            flow,
+            self.missing.map(text).as_deref(),
+            &text(actual.missing),
+        );
     }
 }
 
@@ -323,7 +361,11 @@ struct Mismatches(Vec<Mismatch>);
 
 impl Mismatches {
     fn add(&mut self, what: String, expected: String, actual: String) {
-        self.0.push(Mismatch { what, expected, actual });
+        self.0.push(Mismatch {
+            what,
+            expected,
+            actual,
+        });
     }
 
     fn value<T: PartialEq + fmt::Display>(&mut self, what: &str, expected: Option<&T>, actual: &T) {
@@ -342,7 +384,11 @@ impl Mismatches {
         actual: impl Fn(&str) -> Option<&'a u64>,
     ) {
         for (name, expected) in expected {
-            self.value(&format!("{what}.{name:?}"), Some(expected), actual(name).unwrap_or(&0));
+            self.value(
+                &format!("{what}.{name:?}"),
+                Some(expected),
+                actual(name).unwrap_or(&0),
+            );
         }
     }
 
@@ -355,7 +401,16 @@ impl Mismatches {
             }
             None => {}
         }
-        for (key, Differing { flow, flows, expected, actual }) in findings.differing {
+        for (
+            key,
+            Differing {
+                flow,
+                flows,
+                expected,
+                actual,
+            },
+        ) in findings.differing
+        {
             let which = match (findings.chosen, flows) {
                 (1, _) => format!("flow {flow}"),
                 (chosen, flows) => format!("flow {flow}, and {} more of {chosen}", flows - 1),
@@ -405,7 +460,10 @@ impl fmt::Display for FlowExpectation {
             ("protocol", self.protocol.as_ref().map(|protocol| protocol as _)),
             ("client", self.client.as_ref().map(|endpoint| endpoint as _)),
             ("target", self.target.as_ref().map(|endpoint| endpoint as _)),
-            ("first_packet", self.first_packet.as_ref().map(|number| number as _)),
+            (
+                "first_packet",
+                self.first_packet.as_ref().map(|number| number as _),
+            ),
         ];
         chosen.into_iter().try_for_each(|(key, value)| match value {
             Some(value) => write!(f, " {key} {value}"),

@@ -61,8 +61,14 @@ pub(super) fn anomaly(name: &str) -> &'static str {
 
 const ANOMALIES: [(&str, &str); 5] = [
     ("data-after-fin", "bytes behind the sender's own FIN"),
-    ("hole", "bytes that the capture lacks; zeros took their place and are not counted"),
+    (
+        "hole",
+        "bytes that the capture lacks; zeros took their place and are not counted",
+    ),
     ("no-syn", "begins without its SYN; the handshake was made up"),
-    ("overlap", "one stretch of bytes twice, with different content; the first counts"),
+    (
+        "overlap",
+        "one stretch of bytes twice, with different content; the first counts",
+    ),
     ("syn-retransmit", "the SYN was sent again"),
 ];

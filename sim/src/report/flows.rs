@@ -39,7 +39,11 @@ struct BySize(FlowRecord);
 
 impl Flows {
     pub(super) fn new() -> Self {
-        Self { summary: FlowSummary::default(), largest: BinaryHeap::new(), spool: FlowSpool::new() }
+        Self {
+            summary: FlowSummary::default(),
+            largest: BinaryHeap::new(),
+            spool: FlowSpool::new(),
+        }
     }
 
     pub(super) fn add(&mut self, flow: FlowRecord) {
@@ -72,7 +76,10 @@ impl Flows {
 
 impl BySize {
     fn key(&self) -> (u64, Reverse<u64>) {
-        (self.0.to_target.bytes + self.0.to_client.bytes, Reverse(self.0.id))
+        (
+            self.0.to_target.bytes + self.0.to_client.bytes,
+            Reverse(self.0.id),
+        )
     }
 }
 

@@ -41,7 +41,11 @@ impl<W: Write> JsonReports<W> {
         if several {
             output.write_all(b"[")?;
         }
-        Ok(Self { output, array: several, reports: 0 })
+        Ok(Self {
+            output,
+            array: several,
+            reports: 0,
+        })
     }
 
     /// Writes one report.
@@ -51,7 +55,8 @@ impl<W: Write> JsonReports<W> {
     /// [`ReportError::Spool`] when flows could not be kept on disk, or what the output reports.
     pub fn add(&mut self, report: &mut Report) -> Result<(), ReportError> {
         if self.array {
-            self.output.write_all(if self.reports == 0 { b"\n" } else { b",\n" })?;
+            self.output
+                .write_all(if self.reports == 0 { b"\n" } else { b",\n" })?;
         }
         self.reports += 1;
         report.write_json(&mut self.output)?;
@@ -59,6 +64,11 @@ impl<W: Write> JsonReports<W> {
             self.output.write_all(b"\n")?;
         }
         Ok(())
+    }
+
+    /// Where the reports go.
+    pub fn output(&self) -> &W {
+        &self.output
     }
 
     /// Ends the array and hands the output back.
@@ -83,10 +93,15 @@ impl Report {
         object.key("capture", &facts.capture)?;
         object.key("digest", &facts.digest)?;
         object.key("policy", &facts.policy)?;
-        object.key("changes", &facts.changes.iter().map(Change::from).collect::<Vec<_>>())?;
+        object.key(
+            "changes",
+            &facts.changes.iter().map(Change::from).collect::<Vec<_>>(),
+        )?;
         object.key("format", &facts.format)?;
         object.key("link_types", &facts.link_types)?;
-        object.key("started", &start_time(totals))?;
+        let started =
+            (totals.read > 0).then(|| humantime::format_rfc3339_nanos(start_time(totals)).to_string());
+        object.key("started", &started)?;
         object.key("duration", &seconds(totals.duration))?;
         object.key("captured_bytes", &totals.captured_bytes)?;
         object.key("damaged", &facts.damaged)?;
@@ -101,8 +116,20 @@ impl Report {
             },
         )?;
         let (checked, disagreements) = (totals.parity_checked, totals.parity_disagreements);
-        object.key("parity", &Parity { checked, disagreements })?;
-        object.key("fidelity", &Fidelity { flows: totals.fidelity_flows, exact: totals.fidelity_exact })?;
+        object.key(
+            "parity",
+            &Parity {
+                checked,
+                disagreements,
+            },
+        )?;
+        object.key(
+            "fidelity",
+            &Fidelity {
+                flows: totals.fidelity_flows,
+                exact: totals.fidelity_exact,
+            },
+        )?;
         object.key("discarded_after_reset", &totals.discarded_after_reset)?;
         object.key("flow_counts", &self.flows)?;
         object.key("mismatches", &self.mismatches)?;
@@ -129,7 +156,9 @@ impl Report {
             object.output.write_all(flow)?;
             separator = b",\n  ";
         }
-        object.output.write_all(if self.flows.count == 0 { b"]" } else { b"\n ]" })?;
+        object
+            .output
+            .write_all(if self.flows.count == 0 { b"]" } else { b"\n ]" })?;
         object.end("}")?;
         Ok(())
     }
@@ -174,7 +203,10 @@ struct Fidelity {
 
 impl<'a> From<&'a (Timestamp, String)> for Change<'a> {
     fn from((time, policy): &'a (Timestamp, String)) -> Self {
-        Self { time: seconds(*time), policy }
+        Self {
+            time: seconds(*time),
+            policy,
+        }
     }
 }
 
@@ -195,7 +227,11 @@ impl From<&Totals> for Packets {
 impl<'a> Object<'a> {
     fn begin(output: &'a mut dyn Write, indent: &'static str) -> io::Result<Self> {
         output.write_all(b"{\n")?;
-        Ok(Self { output, indent, first: true })
+        Ok(Self {
+            output,
+            indent,
+            first: true,
+        })
     }
 
     /// Begins a key whose value the caller writes.

@@ -16,9 +16,9 @@ mod packets;
 mod rules;
 mod spool;
 mod table;
-mod text;
 #[cfg(test)]
 mod tests;
+mod text;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -33,12 +33,12 @@ pub use self::against::{Against, Comparison};
 use self::emitted::EmittedPackets;
 use self::expect::{Expectations, Expecting, Mismatch};
 use self::flows::{FlowSummary, Flows};
-pub use self::output::OutputError;
+pub use self::json::JsonReports;
 pub(crate) use self::output::Output;
+pub use self::output::OutputError;
 use self::packets::PacketLines;
 use self::rules::RuleNames;
 use self::spool::StoredFlows;
-pub use self::json::JsonReports;
 pub use self::text::{Screen, Total};
 use crate::capture::Damage;
 use crate::outcome::{Emitted, FlowRecord, PacketRecord, Side, Sink, Totals};
@@ -106,7 +106,10 @@ pub enum ReportError {
 
 impl From<io::Error> for ReportError {
     fn from(error: io::Error) -> Self {
-        Self::Spool { folder: std::env::temp_dir(), error }
+        Self::Spool {
+            folder: std::env::temp_dir(),
+            error,
+        }
     }
 }
 
@@ -196,14 +199,20 @@ impl Sink for Collector {
     }
 
     fn packet(&mut self, packet: &PacketRecord) {
-        let rule = packet.rule.as_ref().map(|(policy, rule)| self.rules.id(policy, *rule));
+        let rule = packet
+            .rule
+            .as_ref()
+            .map(|(policy, rule)| self.rules.id(policy, *rule));
         match packet.side {
             Side::Client | Side::Target => {
                 if let Some(rule) = rule {
                     self.rules.count(rule);
                 }
                 if packet.dropped {
-                    *self.by_reason.entry(packet.reason.unwrap_or("unknown")).or_default() += 1;
+                    *self
+                        .by_reason
+                        .entry(packet.reason.unwrap_or("unknown"))
+                        .or_default() += 1;
                 }
             }
             Side::None => {}
@@ -239,7 +248,12 @@ impl Sink for Collector {
         if let Some(transcript) = &mut self.transcript {
             let micros = time.as_nanos() / 1000;
             // The output keeps its first failure.
-            let _ = writeln!(transcript, "{}.{:06}  {text}", micros / 1_000_000, micros % 1_000_000);
+            let _ = writeln!(
+                transcript,
+                "{}.{:06}  {text}",
+                micros / 1_000_000,
+                micros % 1_000_000
+            );
         }
     }
 
@@ -280,7 +294,10 @@ impl Report {
     pub fn differs(&self) -> bool {
         self.facts.totals.parity_disagreements > 0
             || self.against.as_ref().is_some_and(Against::differs)
-            || self.mismatches.as_ref().is_some_and(|mismatches| !mismatches.is_empty())
+            || self
+                .mismatches
+                .as_ref()
+                .is_some_and(|mismatches| !mismatches.is_empty())
     }
 
     /// What was expected and not found.
@@ -289,8 +306,7 @@ impl Report {
     }
 }
 
-/// When the capture's first packet was captured, in UTC as RFC 3339 has it; `None` without packets.
-fn start_time(totals: &Totals) -> Option<String> {
-    let start = SystemTime::UNIX_EPOCH + Duration::from_nanos(totals.started);
-    (totals.read > 0).then(|| humantime::format_rfc3339_nanos(start).to_string())
+/// When the capture's first packet was captured.
+fn start_time(totals: &Totals) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_nanos(totals.started)
 }

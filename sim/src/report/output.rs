@@ -22,18 +22,19 @@ pub struct OutputError {
 /// What exists under the name stays untouched until [`Output::finish`]. Pipes and devices are written to directly.
 /// Writing always succeeds: the first failure is kept, everything after it ignored, and `finish` tells, so that the
 /// middle of a replay has nothing to handle.
-#[derive(Debug)]
 pub(crate) struct Output {
     name: String,
     target: Target,
     failure: Option<io::Error>,
 }
 
-#[derive(Debug)]
 enum Target {
-    Stdout(BufWriter<io::Stdout>),
+    Stream(BufWriter<Box<dyn Write>>),
     Direct(BufWriter<File>),
-    Replace { file: BufWriter<NamedTempFile>, path: PathBuf },
+    Replace {
+        file: BufWriter<NamedTempFile>,
+        path: PathBuf,
+    },
 }
 
 impl Output {
@@ -47,34 +48,65 @@ impl Output {
             return Ok(Self::stdout());
         }
         match Target::open(path) {
-            Ok(target) => Ok(Self { name: format!("\"{}\"", path.display()), target, failure: None }),
-            Err(error) => Err(OutputError { name: format!("\"{}\"", path.display()), error }),
+            Ok(target) => Ok(Self {
+                name: format!("\"{}\"", path.display()),
+                target,
+                failure: None,
+            }),
+            Err(error) => Err(OutputError {
+                name: format!("\"{}\"", path.display()),
+                error,
+            }),
         }
     }
 
     /// Writes to standard output.
     pub(crate) fn stdout() -> Self {
-        let target = Target::Stdout(BufWriter::new(io::stdout()));
-        Self { name: "to standard output".to_owned(), target, failure: None }
+        Self::stream("to standard output", io::stdout())
+    }
+
+    /// Writes to standard error.
+    pub(crate) fn stderr() -> Self {
+        Self::stream("to standard error", io::stderr())
+    }
+
+    fn stream(name: &str, stream: impl Write + 'static) -> Self {
+        Self {
+            name: name.to_owned(),
+            target: Target::Stream(BufWriter::new(Box::new(stream))),
+            failure: None,
+        }
+    }
+
+    /// Whether nobody reads it any more (`... | head`).
+    pub(crate) fn is_closed(&self) -> bool {
+        self.failure
+            .as_ref()
+            .is_some_and(|error| error.kind() == ErrorKind::BrokenPipe)
     }
 
     /// Completes the file and gives it its name.
     ///
     /// # Errors
     ///
-    /// The first failure since the beginning. A reader of standard output that went away (`… | head`) is none.
+    /// The first failure since the beginning. A reader of standard output that went away (`... | head`) is none.
     pub(crate) fn finish(mut self) -> Result<(), OutputError> {
         self.flush().expect("failures are kept");
         let failure = match (self.failure, self.target) {
-            (Some(error), Target::Stdout(_)) if error.kind() == ErrorKind::BrokenPipe => None,
+            (Some(error), Target::Stream(_)) if error.kind() == ErrorKind::BrokenPipe => None,
             (Some(error), _) => Some(error),
-            (None, Target::Stdout(_) | Target::Direct(_)) => None,
+            (None, Target::Stream(_) | Target::Direct(_)) => None,
             (None, Target::Replace { file, path }) => match file.into_inner() {
                 Ok(file) => file.persist(&path).err().map(|failed| failed.error),
                 Err(failed) => Some(failed.into_error()),
             },
         };
-        failure.map_or(Ok(()), |error| Err(OutputError { name: self.name, error }))
+        failure.map_or(Ok(()), |error| {
+            Err(OutputError {
+                name: self.name,
+                error,
+            })
+        })
     }
 }
 
@@ -82,7 +114,7 @@ impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.failure.is_none() {
             let written = match &mut self.target {
-                Target::Stdout(writer) => writer.write_all(bytes),
+                Target::Stream(writer) => writer.write_all(bytes),
                 Target::Direct(writer) => writer.write_all(bytes),
                 Target::Replace { file, .. } => file.write_all(bytes),
             };
@@ -94,7 +126,7 @@ impl Write for Output {
     fn flush(&mut self) -> io::Result<()> {
         if self.failure.is_none() {
             let flushed = match &mut self.target {
-                Target::Stdout(writer) => writer.flush(),
+                Target::Stream(writer) => writer.flush(),
                 Target::Direct(writer) => writer.flush(),
                 Target::Replace { file, .. } => file.flush(),
             };
@@ -111,7 +143,9 @@ impl Target {
         match fs::metadata(&path) {
             Ok(metadata) if metadata.is_dir() => return Err(ErrorKind::IsADirectory.into()),
             Ok(metadata) if !metadata.is_file() => {
-                return Ok(Self::Direct(BufWriter::new(OpenOptions::new().write(true).open(&path)?)));
+                return Ok(Self::Direct(BufWriter::new(
+                    OpenOptions::new().write(true).open(&path)?,
+                )));
             }
             Ok(_) => {}
             Err(error) if error.kind() == ErrorKind::NotFound => {}
@@ -126,7 +160,10 @@ impl Target {
             .permissions(Permissions::from_mode(0o666)) // less the umask, as for any new file
             .tempfile_in(folder)
             .map_err(|error| io::Error::from(error.kind()))?;
-        Ok(Self::Replace { file: BufWriter::new(file), path })
+        Ok(Self::Replace {
+            file: BufWriter::new(file),
+            path,
+        })
     }
 }
 
@@ -156,7 +193,11 @@ mod tests {
         assert_eq!(fs::read_to_string(&path).unwrap(), "old");
         output.finish().unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "new");
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "the temporary name is gone");
+        assert_eq!(
+            fs::read_dir(folder.path()).unwrap().count(),
+            1,
+            "the temporary name is gone"
+        );
     }
 
     #[test]
@@ -187,16 +228,28 @@ mod tests {
         output.write_all(b"more").unwrap();
         let error = output.finish().unwrap_err();
         assert_eq!(error.error.kind(), ErrorKind::StorageFull);
-        assert!(error.to_string().starts_with("cannot write \"/dev/full\": "), "{error}");
-        assert!(Path::new("/dev/full").metadata().is_ok(), "the device is still there");
+        assert!(
+            error.to_string().starts_with("cannot write \"/dev/full\": "),
+            "{error}"
+        );
+        assert!(
+            Path::new("/dev/full").metadata().is_ok(),
+            "the device is still there"
+        );
     }
 
     #[test]
     fn a_missing_folder_is_named_with_the_way_out() {
         let folder = tempfile::tempdir().unwrap();
-        let error = Output::create(&folder.path().join("no/such/file")).unwrap_err().to_string();
-        assert!(error.contains("no/such/file") && error.contains("create it first"), "{error}");
-        let error = Output::create(folder.path()).unwrap_err().to_string();
+        let error = Output::create(&folder.path().join("no/such/file"))
+            .err()
+            .unwrap()
+            .to_string();
+        assert!(
+            error.contains("no/such/file") && error.contains("create it first"),
+            "{error}"
+        );
+        let error = Output::create(folder.path()).err().unwrap().to_string();
         assert!(error.contains("name a file inside it"), "{error}");
     }
 }

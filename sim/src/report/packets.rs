@@ -37,7 +37,10 @@ pub(super) enum Verdict {
 
 impl PacketLines {
     pub(super) fn new(output: Output) -> Self {
-        Self { output, line: Vec::new() }
+        Self {
+            output,
+            line: Vec::new(),
+        }
     }
 
     /// Writes the line of a packet about which the rule named `rule` decided.

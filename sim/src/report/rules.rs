@@ -58,7 +58,11 @@ impl RuleNames {
 
     /// The packets of each name that has any.
     pub(super) fn packets(&self) -> BTreeMap<String, u64> {
-        let counted = self.names.iter().zip(&self.packets).filter(|&(_, &packets)| packets > 0);
+        let counted = self
+            .names
+            .iter()
+            .zip(&self.packets)
+            .filter(|&(_, &packets)| packets > 0);
         counted.map(|(name, &packets)| (name.clone(), packets)).collect()
     }
 
@@ -87,7 +91,10 @@ mod tests {
             action: Action::Drop,
         };
         let rules = names.iter().map(rule).collect();
-        Arc::new(Policy::new(PolicySpec { rules, ..PolicySpec::default() }))
+        Arc::new(Policy::new(PolicySpec {
+            rules,
+            ..PolicySpec::default()
+        }))
     }
 
     #[test]

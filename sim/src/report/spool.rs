@@ -83,7 +83,10 @@ impl FlowSpool {
             return Err(error);
         }
         let file = self.file.into_inner().map_err(io::IntoInnerError::into_error)?;
-        Ok(StoredFlows { file, index: self.index })
+        Ok(StoredFlows {
+            file,
+            index: self.index,
+        })
     }
 }
 
@@ -111,7 +114,9 @@ impl FlowReader<'_> {
     ///
     /// Those of the temporary file.
     pub(super) fn next(&mut self) -> io::Result<Option<&[u8]>> {
-        let Some(&(offset, length)) = self.index.find(|&&(_, length)| length > 0) else { return Ok(None) };
+        let Some(&(offset, length)) = self.index.find(|&&(_, length)| length > 0) else {
+            return Ok(None);
+        };
         // Flows mostly end in an order near that of their ids, so the next one is often in the buffer already.
         self.file.seek_relative(offset as i64 - self.position as i64)?;
         self.line.resize(length as usize, 0);
@@ -141,7 +146,10 @@ pub(super) struct Spool {
 
 impl Spool {
     pub(super) fn new() -> Self {
-        Self { file: BufWriter::new(SpooledTempFile::new(MEMORY_BYTES)), failure: None }
+        Self {
+            file: BufWriter::new(SpooledTempFile::new(MEMORY_BYTES)),
+            failure: None,
+        }
     }
 
     /// Appends `bytes`.
@@ -194,7 +202,10 @@ mod tests {
         for id in [3_u64, 1, 5, 2] {
             spool.push(id, &format!("flow {id}"));
         }
-        assert_eq!(read_all(spool), ["\"flow 1\"", "\"flow 2\"", "\"flow 3\"", "\"flow 5\""]);
+        assert_eq!(
+            read_all(spool),
+            ["\"flow 1\"", "\"flow 2\"", "\"flow 3\"", "\"flow 5\""]
+        );
     }
 
     #[test]

@@ -1,10 +1,9 @@
 //! The table of flows, as wide as the terminal allows.
 
-use indicatif::DecimalBytes;
 use unicode_width::UnicodeWidthStr;
 
 use super::flows::endpoints;
-use super::text::printable;
+use super::text::{bytes, printable};
 use crate::outcome::FlowRecord;
 
 /// One flow's cells, by [`COLUMNS`].
@@ -16,8 +15,8 @@ const COLUMNS: [(&str, bool); 10] = [
     ("", false),
     ("client", false),
     ("target", false),
-    ("to target", true),
-    ("to client", true),
+    ("sent", true),
+    ("received", true),
     ("end", false),
     ("decision", false),
     ("name", false),
@@ -74,10 +73,6 @@ fn decision(flow: &FlowRecord) -> String {
     }
 }
 
-fn bytes(count: u64) -> String {
-    DecimalBytes(count).to_string()
-}
-
 fn lay_out(rows: &[Cells], below: &[usize], limit: usize) -> Vec<String> {
     let beside = |column: &usize| !below.contains(column);
     // A column that is empty throughout is left out.
@@ -96,7 +91,11 @@ fn lay_out(rows: &[Cells], below: &[usize], limit: usize) -> Vec<String> {
             let text = text(column);
             let padding = " ".repeat(width - text.width());
             line += if line.is_empty() { INDENT } else { GAP };
-            line += &if COLUMNS[column].1 { padding + &text } else { text + &padding };
+            line += &if COLUMNS[column].1 {
+                padding + &text
+            } else {
+                text + &padding
+            };
         }
         line.truncate(line.trim_end().len());
         line
@@ -111,7 +110,12 @@ fn lay_out(rows: &[Cells], below: &[usize], limit: usize) -> Vec<String> {
                 CLIENT => phrases.push(format!("from {}", row[CLIENT])),
                 TARGET => phrases.push(format!("to {}", row[TARGET])),
                 _ if row[column] == "direct" => {}
-                _ => phrases.extend(row[column].split(", ").filter(|part| !part.is_empty()).map(str::to_owned)),
+                _ => phrases.extend(
+                    row[column]
+                        .split(", ")
+                        .filter(|part| !part.is_empty())
+                        .map(str::to_owned),
+                ),
             }
         }
         lines.extend(wrap(&phrases, below_indent, limit));

@@ -18,7 +18,10 @@ fn policy(rules: &[&str]) -> Arc<Policy> {
         matches: RuleMatch::default(),
         action: Action::Drop,
     };
-    Arc::new(Policy::new(PolicySpec { rules: rules.iter().map(rule).collect(), ..PolicySpec::default() }))
+    Arc::new(Policy::new(PolicySpec {
+        rules: rules.iter().map(rule).collect(),
+        ..PolicySpec::default()
+    }))
 }
 
 /// A packet of a client that passed by default.
@@ -46,7 +49,11 @@ fn dropped(number: u64, rule: &str) -> PacketRecord {
 }
 
 fn stream(bytes: u64) -> Stream {
-    Stream { bytes, sha256: EMPTY.to_owned(), missing: 0 }
+    Stream {
+        bytes,
+        sha256: EMPTY.to_owned(),
+        missing: 0,
+    }
 }
 
 /// A relayed flow that received `id` bytes, begun by packet `id`.
@@ -117,8 +124,10 @@ fn json(report: &mut Report) -> Value {
 fn assert_fits_schema(value: &Value) {
     let schema = serde_json::from_str(include_str!("../../report.schema.json")).unwrap();
     let validator = jsonschema::draft202012::new(&schema).unwrap();
-    let errors: Vec<String> =
-        validator.iter_errors(value).map(|error| format!("{}: {error}", error.instance_path())).collect();
+    let errors: Vec<String> = validator
+        .iter_errors(value)
+        .map(|error| format!("{}: {error}", error.instance_path()))
+        .collect();
     assert!(errors.is_empty(), "{errors:#?}");
 }
 
@@ -157,16 +166,37 @@ fn full_report() -> Report {
         exact: None,
         ..flow(3)
     };
-    [echo, flow(1), ipv6].into_iter().for_each(|flow| collector.flow(flow));
-    let damaged = Some(Damage { after_packet: 4, what: "the record is cut".to_owned() });
+    [echo, flow(1), ipv6]
+        .into_iter()
+        .for_each(|flow| collector.flow(flow));
+    let damaged = Some(Damage {
+        after_packet: 4,
+        what: "the record is cut".to_owned(),
+    });
     let changes = vec![(Timestamp::from_nanos(12_500_000_000), "night.toml".to_owned())];
-    let mut report = collector.finish(Facts { damaged, changes, ..facts() }).unwrap();
+    let mut report = collector
+        .finish(Facts {
+            damaged,
+            changes,
+            ..facts()
+        })
+        .unwrap();
     let mut comparison = report.comparison().unwrap();
     for record in [packet(1), packet(2), dropped(3, "games"), arp] {
         comparison.packet(&record);
     }
-    [flow(1), FlowRecord { end: "dropped", ..flow(3) }].into_iter().for_each(|flow| comparison.flow(flow));
-    let against = comparison.finish("other.toml".to_owned(), EMPTY.to_owned()).unwrap();
+    [
+        flow(1),
+        FlowRecord {
+            end: "dropped",
+            ..flow(3)
+        },
+    ]
+    .into_iter()
+    .for_each(|flow| comparison.flow(flow));
+    let against = comparison
+        .finish("other.toml".to_owned(), EMPTY.to_owned())
+        .unwrap();
     report.add_comparison(against);
     report
 }
@@ -201,27 +231,50 @@ fn json_of_several_captures_is_an_array_that_fits_the_schema() {
 #[test]
 fn json_has_the_documented_values() {
     let value = json(&mut full_report());
-    assert_eq!(value["damaged"], json!({ "after_packet": 4, "what": "the record is cut" }));
+    assert_eq!(
+        value["damaged"],
+        json!({ "after_packet": 4, "what": "the record is cut" })
+    );
     assert_eq!(value["started"], "2014-01-14T17:04:01.819644000Z");
     assert_eq!(value["duration"], 17.492054);
-    assert_eq!(value["changes"], json!([{ "time": 12.5, "policy": "night.toml" }]));
+    assert_eq!(
+        value["changes"],
+        json!([{ "time": 12.5, "policy": "night.toml" }])
+    );
     let verdicts = json!({
         "pass": 2, "drop": 1, "by_rule": { "default": 2, "ads": 1 }, "by_reason": { "rule-drop": 1 },
     });
     assert_eq!(value["verdicts"], verdicts);
-    assert_eq!(value["flow_counts"]["by_protocol"], json!({ "tcp": 2, "icmp": 1 }));
-    assert_eq!(value["flow_counts"]["by_anomaly"], json!({ "hole": 1, "no-syn": 1 }));
+    assert_eq!(
+        value["flow_counts"]["by_protocol"],
+        json!({ "tcp": 2, "icmp": 1 })
+    );
+    assert_eq!(
+        value["flow_counts"]["by_anomaly"],
+        json!({ "hole": 1, "no-syn": 1 })
+    );
     let flows = &value["flows"];
     assert_eq!(flows[1]["client"], "[2001:db8::1]:4000");
-    assert_eq!(flows[1]["target"], "[2001:db8::1:0:0:7]:443", "RFC 5952: the first of two equal runs is shortened");
+    assert_eq!(
+        flows[1]["target"], "[2001:db8::1:0:0:7]:443",
+        "RFC 5952: the first of two equal runs is shortened"
+    );
     assert_eq!(flows[2]["client"], "10.0.0.2:77");
-    assert_eq!(flows[2]["target"], "192.0.2.9:77", "the identifier stands in the port's place");
+    assert_eq!(
+        flows[2]["target"], "192.0.2.9:77",
+        "the identifier stands in the port's place"
+    );
 }
 
 #[test]
 fn flows_are_listed_by_id_whatever_the_order_of_their_ends() {
     let ids = |value: &Value| -> Vec<u64> {
-        value["flows"].as_array().unwrap().iter().map(|flow| flow["id"].as_u64().unwrap()).collect()
+        value["flows"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|flow| flow["id"].as_u64().unwrap())
+            .collect()
     };
     let ended = (1..=500).map(|index| index * 7 % 503); // 503 is prime: each id below it at most once
     let mut expected: Vec<u64> = ended.clone().collect();
@@ -232,9 +285,16 @@ fn flows_are_listed_by_id_whatever_the_order_of_their_ends() {
 #[test]
 fn the_terminal_shows_the_largest_flows_and_counts_the_rest() {
     let text = report((1..=50).map(flow)).text(Screen::default());
-    let shown: Vec<&str> = text.lines().filter(|line| line.contains("10.0.0.2:40001")).collect();
+    let shown: Vec<&str> = text
+        .lines()
+        .filter(|line| line.contains("10.0.0.2:40001"))
+        .collect();
     assert_eq!(shown.len(), 20);
-    assert!(shown[0].trim_start().starts_with("50 "), "the flow with 50 bytes comes first: {}", shown[0]);
+    assert!(
+        shown[0].trim_start().starts_with("50 "),
+        "the flow with 50 bytes comes first: {}",
+        shown[0]
+    );
     assert!(shown[19].trim_start().starts_with("31 "), "{}", shown[19]);
     assert!(text.contains("30 smaller ones"), "{text}");
 }
@@ -259,13 +319,23 @@ fn flows_fit_into_terminals_of_60_80_and_120_columns_with_nothing_cut() {
         for flows in [wide_flows(), (1..=3).map(flow).collect()] {
             let lines = table::flows(&flows, Some(width));
             for line in &lines {
-                assert!(line.chars().count() <= width, "{} > {width}: {line}", line.chars().count());
+                assert!(
+                    line.chars().count() <= width,
+                    "{} > {width}: {line}",
+                    line.chars().count()
+                );
             }
             let text = lines.join("\n");
             for flow in &flows {
                 assert!(text.contains(&flow.client.to_string()) && text.contains(&flow.target.to_string()));
-                assert!(flow.name.as_ref().is_none_or(|name| text.contains(name)), "{text}");
-                assert!(flow.anomalies.iter().all(|anomaly| text.contains(anomaly)), "{text}");
+                assert!(
+                    flow.name.as_ref().is_none_or(|name| text.contains(name)),
+                    "{text}"
+                );
+                assert!(
+                    flow.anomalies.iter().all(|anomaly| text.contains(anomaly)),
+                    "{text}"
+                );
             }
         }
     }
@@ -275,15 +345,28 @@ fn flows_fit_into_terminals_of_60_80_and_120_columns_with_nothing_cut() {
 fn without_a_terminal_every_flow_is_one_line() {
     let lines = table::flows(&wide_flows(), None);
     assert_eq!(lines.len(), 3, "a heading and two flows: {lines:#?}");
-    assert!(lines[1].contains("www.example.org") && lines[1].ends_with("hole, no-syn, overlap"), "{}", lines[1]);
+    assert!(
+        lines[1].contains("www.example.org") && lines[1].ends_with("hole, no-syn, overlap"),
+        "{}",
+        lines[1]
+    );
 }
 
 #[test]
 fn without_a_terminal_there_are_no_colours_and_with_one_there_are() {
     assert!(!full_report().text(Screen::default()).contains('\x1b'));
-    let colourful = full_report().text(Screen { width: Some(100), colour: true });
+    let colourful = full_report().text(Screen {
+        width: Some(100),
+        colour: true,
+    });
     assert!(colourful.contains("\x1b["));
-    assert_eq!(anstyle_stripped(&colourful), full_report().text(Screen { width: Some(100), colour: false }));
+    assert_eq!(
+        anstyle_stripped(&colourful),
+        full_report().text(Screen {
+            width: Some(100),
+            colour: false
+        })
+    );
 }
 
 fn anstyle_stripped(text: &str) -> String {
@@ -307,7 +390,10 @@ fn a_packet_line_has_the_documented_keys() {
     let path = folder.path().join("packets.jsonl");
     let mut collector = Collector::new();
     collector.write_packets(&path).unwrap();
-    collector.packet(&PacketRecord { path: Some(outcome::Path::Prefilter), ..dropped(12, "a \"b\"") });
+    collector.packet(&PacketRecord {
+        path: Some(outcome::Path::Prefilter),
+        ..dropped(12, "a \"b\"")
+    });
     let unreadable = PacketRecord {
         side: Side::None,
         path: None,
@@ -335,9 +421,15 @@ fn a_transcript_line_begins_with_seconds_since_the_first_packet() {
     let path = folder.path().join("transcript");
     let mut collector = Collector::new();
     collector.write_transcript(&path).unwrap();
-    collector.line(Timestamp::from_nanos(31_200_999), format_args!("in   upstream  #1 connected"));
+    collector.line(
+        Timestamp::from_nanos(31_200_999),
+        format_args!("in   upstream  #1 connected"),
+    );
     collector.finish(facts()).unwrap();
-    assert_eq!(std::fs::read_to_string(path).unwrap(), "0.031200  in   upstream  #1 connected\n");
+    assert_eq!(
+        std::fs::read_to_string(path).unwrap(),
+        "0.031200  in   upstream  #1 connected\n"
+    );
 }
 
 #[test]
@@ -355,7 +447,10 @@ fn emitted_packets_carry_the_decision_as_a_comment_and_the_captures_time() {
     };
     collector.packet(&packet(1));
     collector.emitted(&emitted(1, Some(1), Some(1)));
-    collector.packet(&PacketRecord { flow: None, ..dropped(2, "ads") });
+    collector.packet(&PacketRecord {
+        flow: None,
+        ..dropped(2, "ads")
+    });
     collector.emitted(&emitted(2, None, Some(2)));
     collector.emitted(&emitted(3, Some(1), None));
     collector.finish(facts()).unwrap();
@@ -368,9 +463,11 @@ fn emitted_packets_carry_the_decision_as_a_comment_and_the_captures_time() {
     }
     assert_eq!(capture.next_record(), Ok(None));
     let file = String::from_utf8_lossy(&std::fs::read(&path).unwrap()).into_owned();
-    for comment in
-        ["flow 1 by \"default\", for packet 1\0", "for packet 2: drop, rule-drop by \"ads\"\0", "flow 1 by \"default\"\0"]
-    {
+    for comment in [
+        "flow 1 by \"default\", for packet 1\0",
+        "for packet 2: drop, rule-drop by \"ads\"\0",
+        "flow 1 by \"default\"\0",
+    ] {
         assert!(file.contains(comment), "{comment}");
     }
 }
@@ -386,7 +483,9 @@ fn mismatches(toml: &str) -> Vec<String> {
         anomalies: vec!["no-syn", "syn-retransmit"],
         ..flow(2)
     };
-    [flow(3), refused, flow(1)].into_iter().for_each(|flow| collector.flow(flow));
+    [flow(3), refused, flow(1)]
+        .into_iter()
+        .for_each(|flow| collector.flow(flow));
     let report = collector.finish(facts()).unwrap();
     assert_eq!(report.differs(), !report.mismatches().is_empty());
     report.mismatches().iter().map(ToString::to_string).collect()
@@ -432,9 +531,15 @@ fn expectations_that_hold_are_no_mismatch() {
 #[test]
 fn a_mismatch_tells_what_was_expected_and_what_was_found() {
     assert_eq!(mismatches("drop = 12"), ["drop: expected 12, found 1"]);
-    assert_eq!(mismatches("by_rule.\"deny ::/0\" = 3"), ["by_rule.\"deny ::/0\": expected 3, found 0"]);
+    assert_eq!(
+        mismatches("by_rule.\"deny ::/0\" = 3"),
+        ["by_rule.\"deny ::/0\": expected 3, found 0"]
+    );
     assert_eq!(mismatches("exact = 1"), ["exact: expected 1, found 2"]);
-    assert_eq!(mismatches("damaged = true"), ["damaged: expected true, found false"]);
+    assert_eq!(
+        mismatches("damaged = true"),
+        ["damaged: expected true, found false"]
+    );
     assert_eq!(
         mismatches("[[flow]]\ntarget = \"192.0.2.7:80\"\nend = \"rst\""),
         ["[[flow]] target 192.0.2.7:80 end: expected rst, found fin (flow 1, and 2 more of 3)"]
@@ -447,7 +552,15 @@ fn a_mismatch_tells_what_was_expected_and_what_was_found() {
         mismatches("[[flow]]\nclient = \"10.0.0.9\""),
         ["[[flow]] client 10.0.0.9: expected at least one flow, found none"]
     );
-    assert_eq!(mismatches("[[flow]]\ncount = 4"), ["[[flow]] count: expected 4, found 3"]);
+    assert_eq!(
+        mismatches("[[flow]]\ncount = 4"),
+        ["[[flow]] count: expected 4, found 3"]
+    );
+}
+
+#[test]
+fn the_example_of_expectations_can_be_read() {
+    toml::from_str::<Expectations>(expect::EXAMPLE).unwrap();
 }
 
 #[test]
@@ -456,16 +569,29 @@ fn a_mistake_in_expectations_is_told_with_its_line() {
     let path = folder.path().join("expect.toml");
     for (text, place, what) in [
         ("read = 4\ndorp = 1\n", "line 2", "unknown field `dorp`"),
-        ("[[flow]]\nend = \"fin\"\nsource = \"::1\"\n", "line 3", "unknown field `source`"),
-        ("[[flow]]\nclient = \"nobody\"\n", "line 2", "\"nobody\" is not an address"),
+        (
+            "[[flow]]\nend = \"fin\"\nsource = \"::1\"\n",
+            "line 3",
+            "unknown field `source`",
+        ),
+        (
+            "[[flow]]\nclient = \"nobody\"\n",
+            "line 2",
+            "\"nobody\" is not an address",
+        ),
         ("exact = \"most\"\n", "line 1", "a number of flows, or \"all\""),
         ("drop = -1\n", "line 1", "-1"),
     ] {
         std::fs::write(&path, text).unwrap();
         let error = Expectations::load(&path).unwrap_err().to_string();
-        assert!(error.contains("expect.toml") && error.contains(place) && error.contains(what), "{error}");
+        assert!(
+            error.contains("expect.toml") && error.contains(place) && error.contains(what),
+            "{error}"
+        );
     }
-    let error = Expectations::load(&folder.path().join("none.toml")).unwrap_err().to_string();
+    let error = Expectations::load(&folder.path().join("none.toml"))
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("none.toml") && error.contains("hint: "), "{error}");
 }
 
@@ -482,7 +608,9 @@ fn against(
     let mut comparison = report.comparison().unwrap();
     after.0.iter().for_each(|packet| comparison.packet(packet));
     after.1.iter().for_each(|flow| comparison.flow(flow.clone()));
-    let against = comparison.finish("other.toml".to_owned(), EMPTY.to_owned()).unwrap();
+    let against = comparison
+        .finish("other.toml".to_owned(), EMPTY.to_owned())
+        .unwrap();
     report.add_comparison(against);
     let value = json(&mut report)["against"].clone();
     (report, value)
@@ -490,27 +618,56 @@ fn against(
 
 #[test]
 fn a_policy_with_the_same_effect_makes_no_difference() {
-    let renamed = FlowRecord { rule: Some("games".to_owned()), ..flow(2) };
+    let renamed = FlowRecord {
+        rule: Some("games".to_owned()),
+        ..flow(2)
+    };
     let (report, value) = against(
         (&[packet(1), dropped(2, "ads")], &[flow(2), flow(1)]),
         (&[packet(1), dropped(2, "games")], &[flow(1), renamed]),
     );
     assert!(!report.differs());
-    assert_eq!(value["packets"], json!({ "changed": 0, "pass_to_drop": 0, "drop_to_pass": 0, "other_rule": 1 }));
-    assert_eq!(value["flows"], json!({ "changed": 0, "only_before": 0, "only_after": 0, "other_rule": 1 }));
-    assert_eq!((&value["changed_packets"], &value["changed_flows"]), (&json!([]), &json!([])));
+    assert_eq!(
+        value["packets"],
+        json!({ "changed": 0, "pass_to_drop": 0, "drop_to_pass": 0, "other_rule": 1 })
+    );
+    assert_eq!(
+        value["flows"],
+        json!({ "changed": 0, "only_before": 0, "only_after": 0, "other_rule": 1 })
+    );
+    assert_eq!(
+        (&value["changed_packets"], &value["changed_flows"]),
+        (&json!([]), &json!([]))
+    );
 }
 
 #[test]
 fn changed_packets_and_flows_are_counted_and_listed() {
-    let gone = FlowRecord { verdict: "drop", end: "dropped", to_client: stream(0), ..flow(4) };
+    let gone = FlowRecord {
+        verdict: "drop",
+        end: "dropped",
+        to_client: stream(0),
+        ..flow(4)
+    };
     let (report, value) = against(
-        (&[packet(1), dropped(2, "ads"), packet(3)], &[flow(1), flow(2), flow(4)]),
-        (&[packet(1), packet(2), dropped(3, "games")], &[flow(3), flow(1), gone]),
+        (
+            &[packet(1), dropped(2, "ads"), packet(3)],
+            &[flow(1), flow(2), flow(4)],
+        ),
+        (
+            &[packet(1), packet(2), dropped(3, "games")],
+            &[flow(3), flow(1), gone],
+        ),
     );
     assert!(report.differs());
-    assert_eq!(value["packets"], json!({ "changed": 2, "pass_to_drop": 1, "drop_to_pass": 1, "other_rule": 0 }));
-    assert_eq!(value["flows"], json!({ "changed": 3, "only_before": 1, "only_after": 1, "other_rule": 0 }));
+    assert_eq!(
+        value["packets"],
+        json!({ "changed": 2, "pass_to_drop": 1, "drop_to_pass": 1, "other_rule": 0 })
+    );
+    assert_eq!(
+        value["flows"],
+        json!({ "changed": 3, "only_before": 1, "only_after": 1, "other_rule": 0 })
+    );
     assert_eq!(
         value["changed_packets"],
         json!([
@@ -527,15 +684,27 @@ fn changed_packets_and_flows_are_counted_and_listed() {
         ])
     );
     let flows = value["changed_flows"].as_array().unwrap();
-    let ids = |when: &str| flows.iter().map(|flow| flow[when]["id"].as_u64()).collect::<Vec<_>>();
+    let ids = |when: &str| {
+        flows
+            .iter()
+            .map(|flow| flow[when]["id"].as_u64())
+            .collect::<Vec<_>>()
+    };
     assert_eq!(ids("before"), [Some(2), None, Some(4)]);
     assert_eq!(ids("after"), [None, Some(3), Some(4)]);
 }
 
 #[test]
 fn a_contradiction_between_the_paths_differs_without_being_asked() {
-    let totals = Totals { parity_disagreements: 1, ..facts().totals };
+    let totals = Totals {
+        parity_disagreements: 1,
+        ..facts().totals
+    };
     let report = Collector::new().finish(Facts { totals, ..facts() }).unwrap();
     assert!(report.differs());
-    assert!(report.text(Screen::default()).contains("contradict each other on 1 of 2 client packets"));
+    assert!(
+        report
+            .text(Screen::default())
+            .contains("contradict each other on 1 of 2 client packets")
+    );
 }

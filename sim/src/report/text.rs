@@ -1,16 +1,20 @@
 //! The report for people: what a network engineer would show a colleague.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fmt::{self, Display, Write as _};
 use std::io::IsTerminal;
+use std::os::fd::AsFd;
 
 use clap::builder::styling::{AnsiColor, Style};
-use indicatif::{DecimalBytes, HumanCount};
+use indicatif::HumanCount;
+use tungate_engine::Timestamp;
+use unicode_width::UnicodeWidthStr;
 
 use super::against::{Against, Decision, FlowChange, FlowState, PacketChange};
 use super::expect::Mismatch;
 use super::packets::Verdict;
-use super::{Facts, Report, explain, start_time, table};
+use super::{Facts, Report, explain, table};
 
 /// How many rules and reasons are listed.
 const LISTED: usize = 12;
@@ -45,23 +49,48 @@ pub struct Total {
 impl Screen {
     /// Standard output as it is: colours on a terminal, unless `NO_COLOR` is set.
     pub fn stdout() -> Self {
-        if !std::io::stdout().is_terminal() {
+        Self::of(&std::io::stdout())
+    }
+
+    /// Standard error, likewise.
+    pub fn stderr() -> Self {
+        Self::of(&std::io::stderr())
+    }
+
+    fn of(stream: &(impl IsTerminal + AsFd)) -> Self {
+        if !stream.is_terminal() {
             return Self::default();
         }
         let no_colour = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-        let width = terminal_size::terminal_size().map(|(terminal_size::Width(columns), _)| columns.into());
-        Self { width, colour: !no_colour }
+        let width = terminal_size::terminal_size_of(stream);
+        let width = width.map(|(terminal_size::Width(columns), _)| columns.into());
+        Self {
+            width,
+            colour: !no_colour,
+        }
+    }
+
+    /// What a complaint begins with.
+    pub fn error_label(self) -> String {
+        self.paint(BAD, "error:")
     }
 
     fn paint(self, style: Style, text: impl Display) -> String {
-        if self.colour { format!("{style}{text}{style:#}") } else { text.to_string() }
+        if self.colour {
+            format!("{style}{text}{style:#}")
+        } else {
+            text.to_string()
+        }
     }
 }
 
 impl Report {
     /// The report as text, its last line ended.
     pub fn text(&self, screen: Screen) -> String {
-        let mut text = Text { screen, text: String::new() };
+        let mut text = Text {
+            screen,
+            text: String::new(),
+        };
         text.facts(&self.facts);
         text.packets(self);
         text.flows(self);
@@ -92,23 +121,35 @@ impl Total {
         self.differing += u64::from(report.differs());
     }
 
-    /// The sums as text, with the number of captures that could not be used.
-    pub fn text(&self, screen: Screen, unusable: u64) -> String {
-        let mut text = Text { screen, text: String::new() };
-        let _ = writeln!(text.text, "{}", screen.paint(BOLD, count(self.captures, "capture")));
+    /// The sums as text, with the numbers of captures that could not be used and of files that are no captures.
+    pub fn text(&self, screen: Screen, unusable: u64, left_out: u64) -> String {
+        let mut text = Text {
+            screen,
+            text: String::new(),
+        };
+        let _ = writeln!(
+            text.text,
+            "{}",
+            screen.paint(BOLD, count(self.captures, "capture"))
+        );
         let mut parts = vec![
             count(self.packets, "packet"),
             format!("{} dropped", HumanCount(self.dropped)),
             count(self.flows, "flow"),
         ];
-        for (number, word) in
-            [(self.damaged, "damaged"), (unusable, "unusable"), (self.differing, "not as expected")]
-        {
+        for (number, word) in [
+            (self.damaged, "damaged"),
+            (unusable, "unusable"),
+            (self.differing, "not as expected"),
+        ] {
             if number > 0 {
                 parts.push(screen.paint(NOTABLE, format!("{number} {word}")));
             }
         }
         text.item("total", parts.join(", "));
+        if left_out > 0 {
+            text.item("left out", format!("{}: no captures", count(left_out, "file")));
+        }
         text.fidelity(self.fidelity.0, self.fidelity.1);
         text.parity(self.parity.0, self.parity.1);
         text.text
@@ -127,23 +168,35 @@ impl Text {
         let title = self.screen.paint(BOLD, printable(&facts.capture));
         self.line(title);
         let format = [&facts.format].into_iter().chain(&facts.link_types);
-        self.item("format", format.map(String::as_str).collect::<Vec<_>>().join(", "));
-        let mut captured =
-            format!("{}, {}", count(totals.read, "packet"), DecimalBytes(totals.captured_bytes));
-        if let Some(start) = start_time(totals) {
-            let _ = write!(captured, " in {} s from {start}", totals.duration);
+        self.item(
+            "format",
+            format.map(String::as_str).collect::<Vec<_>>().join(", "),
+        );
+        let mut captured = format!(
+            "{}, {}",
+            count(totals.read, "packet"),
+            bytes(totals.captured_bytes)
+        );
+        if totals.read > 0 {
+            let start = humantime::format_rfc3339_seconds(super::start_time(totals));
+            let _ = write!(captured, " in {} from {start}", plain_seconds(totals.duration));
         }
         self.item("captured", captured);
         if let Some(damage) = &facts.damaged {
-            let damage = self.screen.paint(BAD, printable(&damage.to_string()));
-            self.item("damage", damage);
+            let damage = format!(
+                "after packet {}: {}",
+                damage.after_packet,
+                printable(&damage.what)
+            );
+            let damage = self.paint_bad(damage);
+            self.item("damaged", damage);
         }
         let mut policy = match facts.policy.as_str() {
             "default" => "default: all direct, no lists".to_owned(),
             files => printable(files),
         };
         for (time, file) in &facts.changes {
-            let _ = write!(policy, ", {} from {time} s", printable(file));
+            let _ = write!(policy, "; {} from {} on", printable(file), plain_seconds(*time));
         }
         self.item("policy", policy);
     }
@@ -163,15 +216,26 @@ impl Text {
         self.item("packets", parts.join(", "));
         let mut verdicts = format!("{} pass", HumanCount(totals.pass));
         if totals.drop > 0 {
-            verdicts = format!("{verdicts}, {}", self.paint_bad(format!("{} drop", HumanCount(totals.drop))));
+            verdicts = format!(
+                "{verdicts}, {}",
+                self.paint_bad(format!("{} drop", HumanCount(totals.drop)))
+            );
         }
         self.item("verdicts", verdicts);
-        let reasons = report.by_reason.iter().map(|(&name, &count)| (name, count, explain::reason(name)));
-        self.list(reasons.collect());
+        let reasons = report
+            .by_reason
+            .iter()
+            .map(|(&name, &count)| (name, count, explain::reason(name)));
+        self.list("", reasons.collect());
         let by_rule = report.rules.packets();
         if by_rule.keys().any(|name| name != "default") {
-            self.item("rules", "packets by what decided about them".to_owned());
-            self.list(by_rule.iter().map(|(name, &count)| (name.as_str(), count, "")).collect());
+            self.list(
+                "rules",
+                by_rule
+                    .iter()
+                    .map(|(name, &count)| (name.as_str(), count, ""))
+                    .collect(),
+            );
         }
     }
 
@@ -181,34 +245,47 @@ impl Text {
             return self.item("flows", "none".to_owned());
         }
         let (protocols, ends) = (counts(&flows.by_protocol), counts(&flows.by_end));
-        self.item("flows", format!("{protocols}; {}; end {ends}", counts(&flows.by_verdict)));
+        self.item(
+            "flows",
+            format!("{protocols}; {}; ended {ends}", counts(&flows.by_verdict)),
+        );
         self.line(String::new());
         let mut lines = table::flows(&flows.largest, self.screen.width).into_iter();
-        let heading = self.screen.paint(Style::new().dimmed(), lines.next().unwrap_or_default());
+        let heading = self
+            .screen
+            .paint(Style::new().dimmed(), lines.next().unwrap_or_default());
         self.line(heading);
         lines.for_each(|line| self.line(line));
         match flows.count - flows.largest.len() as u64 {
             0 => {}
-            more => self.line(format!("  ... and {} smaller ones; --json lists all", HumanCount(more))),
+            more => self.line(format!(
+                "  ... and {} smaller ones; --json lists all",
+                HumanCount(more)
+            )),
         }
         self.line(String::new());
     }
 
     fn findings(&mut self, report: &Report) {
         let totals = &report.facts.totals;
-        if !report.flows.by_anomaly.is_empty() {
-            self.item("anomalies", "flows that showed them".to_owned());
-            let anomalies =
-                report.flows.by_anomaly.iter().map(|(&name, &count)| (name, count, explain::anomaly(name)));
-            self.list(anomalies.collect());
-        }
+        let anomalies = &report.flows.by_anomaly;
+        let anomalies = anomalies
+            .iter()
+            .map(|(&name, &count)| (name, count, explain::anomaly(name)));
+        self.list("anomalies", anomalies.collect());
         if totals.repaired_checksums > 0 {
             let packets = count(totals.repaired_checksums, "packet");
-            self.item("checksums", format!("of {packets} repaired: left to the network card when captured"));
+            self.item(
+                "checksums",
+                format!("of {packets} repaired: left to the network card when captured"),
+            );
         }
         if totals.discarded_after_reset > 0 {
-            let bytes = DecimalBytes(totals.discarded_after_reset);
-            self.item("discarded", format!("{bytes} that came after the other side's reset"));
+            let discarded = bytes(totals.discarded_after_reset);
+            self.item(
+                "discarded",
+                format!("{discarded} that came after the other side's reset"),
+            );
         }
         self.fidelity(totals.fidelity_exact, totals.fidelity_flows);
         self.parity(totals.parity_disagreements, totals.parity_checked);
@@ -220,8 +297,13 @@ impl Text {
             return self.item("fidelity", "no TCP flow was relayed".to_owned());
         }
         let style = if exact == flows { GOOD } else { NOTABLE };
-        let exact = self.screen.paint(style, format!("{} of {}", HumanCount(exact), HumanCount(flows)));
-        self.item("fidelity", format!("{exact} relayed TCP flows came out byte for byte as captured"));
+        let exact = self
+            .screen
+            .paint(style, format!("{} of {}", HumanCount(exact), HumanCount(flows)));
+        self.item(
+            "fidelity",
+            format!("{exact} relayed TCP flows came out byte for byte as captured"),
+        );
     }
 
     fn parity(&mut self, disagreements: u64, checked: u64) {
@@ -230,7 +312,10 @@ impl Text {
             0 => format!("pre-filter and engine agree on {packets}"),
             disagreements => {
                 let contradict = format!("contradict each other on {}", HumanCount(disagreements));
-                format!("pre-filter and engine {} of {packets}: please report it", self.paint_bad(contradict))
+                format!(
+                    "pre-filter and engine {} of {packets}: please report it",
+                    self.paint_bad(contradict)
+                )
             }
         };
         self.item("parity", text);
@@ -241,8 +326,12 @@ impl Text {
             let all = self.screen.paint(GOOD, "all as expected");
             return self.item("expected", all);
         }
-        let differ = self.paint_bad(format!("{} not as expected", HumanCount(mismatches.len() as u64)));
-        self.item("expected", differ);
+        let mismatched = match mismatches.len() {
+            1 => "1 expectation does not hold".to_owned(),
+            more => format!("{} expectations do not hold", HumanCount(more as u64)),
+        };
+        let mismatched = self.paint_bad(mismatched);
+        self.item("expected", mismatched);
         for mismatch in mismatches {
             self.line(format!("      {mismatch}"));
         }
@@ -252,7 +341,11 @@ impl Text {
         let (packets, flows) = (&against.packets, &against.flows);
         let policy = printable(&against.policy);
         if against.differs() {
-            let change = format!("{} and {} change", count(packets.changed, "packet"), count(flows.changed, "flow"));
+            let change = format!(
+                "{} and {} change",
+                count(packets.changed, "packet"),
+                count(flows.changed, "flow")
+            );
             let change = self.screen.paint(NOTABLE, change);
             self.item("against", format!("{policy}: {change}"));
         } else {
@@ -261,27 +354,51 @@ impl Text {
         }
         if packets.changed > 0 {
             let (to_drop, to_pass) = (HumanCount(packets.pass_to_drop), HumanCount(packets.drop_to_pass));
-            self.line(format!("      packets: {to_drop} pass, then drop; {to_pass} drop, then pass"));
+            self.line(format!(
+                "      packets: {to_drop} pass -> drop, {to_pass} drop -> pass"
+            ));
         }
         if packets.other_rule + flows.other_rule > 0 {
             let packets = count(packets.other_rule, "packet");
             let flows = count(flows.other_rule, "flow");
-            self.line(format!("      another rule decides about {packets} and {flows}, to the same effect"));
+            self.line(format!(
+                "      another rule decides about {packets} and {flows}, to the same effect"
+            ));
         }
         for change in &against.first_flows {
             self.flow_change(change);
         }
         self.more(flows.changed, against.first_flows.len(), "flows");
-        for PacketChange { number, time, before, after, .. } in &against.first_packets {
-            self.line(format!("      packet {number} at {time:.6} s: {before}, then {after}"));
+        for PacketChange {
+            number,
+            time,
+            before,
+            after,
+            ..
+        } in &against.first_packets
+        {
+            self.line(format!(
+                "      packet {number} at {time:.6} s: {before} -> {after}"
+            ));
         }
         self.more(packets.changed, against.first_packets.len(), "packets");
     }
 
     fn flow_change(&mut self, change: &FlowChange) {
-        let FlowChange { first_packet, protocol, client, target, name, .. } = change;
-        let name = name.as_deref().map_or(String::new(), |name| format!(" ({})", printable(name)));
-        self.line(format!("      {protocol} {client} to {target}{name}, from packet {first_packet}"));
+        let FlowChange {
+            first_packet,
+            protocol,
+            client,
+            target,
+            name,
+            ..
+        } = change;
+        let name = name
+            .as_deref()
+            .map_or(String::new(), |name| format!(" ({})", printable(name)));
+        self.line(format!(
+            "      {protocol} {client} to {target}{name}, from packet {first_packet}"
+        ));
         for (when, state) in [("before", &change.before), ("after", &change.after)] {
             match state {
                 None => self.line(format!("        {when:6}  no such flow")),
@@ -293,7 +410,10 @@ impl Text {
     fn more(&mut self, all: u64, shown: usize, what: &str) {
         match all - shown as u64 {
             0 => {}
-            more => self.line(format!("      ... and {} more {what}; --json lists all", HumanCount(more))),
+            more => self.line(format!(
+                "      ... and {} more {what}; --json lists all",
+                HumanCount(more)
+            )),
         }
     }
 
@@ -303,18 +423,21 @@ impl Text {
         self.line(format!("{label}  {text}"));
     }
 
-    /// Names with a number and a phrase each, the highest numbers first.
-    fn list(&mut self, mut entries: Vec<(&str, u64, &str)>) {
-        entries.sort_by_key(|&(name, count, _)| (std::cmp::Reverse(count), name.to_owned()));
+    /// Names with a number and a phrase each, the highest numbers first, the first of them beside the label.
+    fn list(&mut self, mut label: &str, mut entries: Vec<(&str, u64, &str)>) {
+        entries.sort_by_key(|&(name, count, _)| (Reverse(count), name.to_owned()));
         let shown = &entries[..entries.len().min(LISTED)];
         let names: Vec<String> = shown.iter().map(|&(name, ..)| printable(name)).collect();
-        let widest = |lengths: &mut dyn Iterator<Item = usize>| lengths.max().unwrap_or(0);
-        let name_width = widest(&mut names.iter().map(|name| name.chars().count()));
-        let count_width = widest(&mut shown.iter().map(|&(_, count, _)| HumanCount(count).to_string().len()));
-        for (name, &(_, count, phrase)) in names.iter().zip(shown) {
-            let count = HumanCount(count).to_string();
-            let line = format!("      {count:>count_width$}  {name:<name_width$}  {phrase}");
-            self.line(line.trim_end().to_owned());
+        let name_width = names.iter().map(|name| name.width()).max().unwrap_or(0);
+        let counts: Vec<String> = shown
+            .iter()
+            .map(|&(_, count, _)| HumanCount(count).to_string())
+            .collect();
+        let count_width = counts.iter().map(String::len).max().unwrap_or(0);
+        for ((name, count), &(.., phrase)) in names.iter().zip(&counts).zip(shown) {
+            let padding = " ".repeat(name_width - name.width());
+            let text = format!("{count:>count_width$}  {name}{padding}  {phrase}");
+            self.item(std::mem::take(&mut label), text.trim_end().to_owned());
         }
         self.more(entries.len() as u64, shown.len(), "names");
     }
@@ -331,8 +454,11 @@ impl Text {
 
 impl Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (what, expected, actual) =
-            (printable(&self.what), printable(&self.expected), printable(&self.actual));
+        let (what, expected, actual) = (
+            printable(&self.what),
+            printable(&self.expected),
+            printable(&self.actual),
+        );
         write!(f, "{what}: expected {expected}, found {actual}")
     }
 }
@@ -357,26 +483,102 @@ impl Display for FlowState {
         if let Some(rule) = &self.rule {
             write!(f, " by \"{}\"", printable(rule))?;
         }
-        let (to_target, to_client) = (DecimalBytes(self.to_target.bytes), DecimalBytes(self.to_client.bytes));
-        write!(f, ", end {}, {to_target} to target, {to_client} to client", self.end)
+        let (to_target, to_client) = (bytes(self.to_target.bytes), bytes(self.to_client.bytes));
+        write!(
+            f,
+            ", end {}, {to_target} to target, {to_client} to client",
+            self.end
+        )
     }
 }
 
 /// `text` without what a terminal acts on or hides: control characters and changes of direction become escapes.
 pub(super) fn printable(text: &str) -> String {
-    let hidden = |c: char| c.is_control() || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
-    let escaped = |c: char| if hidden(c) { c.escape_default().to_string() } else { c.to_string() };
+    let hidden = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+    };
+    let escaped = |c: char| {
+        if hidden(c) {
+            c.escape_default().to_string()
+        } else {
+            c.to_string()
+        }
+    };
     text.chars().map(escaped).collect()
+}
+
+/// Such as `17.492054 s`, with no more decimals than there are.
+fn plain_seconds(time: Timestamp) -> String {
+    let seconds = time.to_string();
+    format!("{} s", seconds.trim_end_matches('0').trim_end_matches('.'))
+}
+
+/// Bytes with three digits that count, such as `83.5 kB`.
+pub(super) fn bytes(count: u64) -> String {
+    let mut value = count as f64;
+    let mut units = ["B", "kB", "MB", "GB", "TB", "PB", "EB"].into_iter();
+    let mut unit = units.next().unwrap_or_default();
+    while value >= 999.5 {
+        value /= 1000.0;
+        unit = units.next().unwrap_or_default();
+    }
+    let decimals = if unit == "B" || value >= 99.95 {
+        0
+    } else {
+        1 + usize::from(value < 9.995)
+    };
+    format!("{value:.decimals$} {unit}")
 }
 
 /// `1 packet`, `2,000 packets`.
 fn count(number: u64, what: &str) -> String {
-    format!("{} {what}{}", HumanCount(number), if number == 1 { "" } else { "s" })
+    format!(
+        "{} {what}{}",
+        HumanCount(number),
+        if number == 1 { "" } else { "s" }
+    )
 }
 
 /// `12 fin, 1 open`, the highest first.
 fn counts(by_name: &BTreeMap<&'static str, u64>) -> String {
     let mut counts: Vec<_> = by_name.iter().collect();
-    counts.sort_by_key(|&(name, count)| (std::cmp::Reverse(count), name));
-    counts.iter().map(|(name, count)| format!("{} {name}", HumanCount(**count))).collect::<Vec<_>>().join(", ")
+    counts.sort_by_key(|&(name, count)| (Reverse(count), name));
+    counts
+        .iter()
+        .map(|(name, count)| format!("{} {name}", HumanCount(**count)))
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_have_three_digits_that_count() {
+        for (count, text) in [
+            (0, "0 B"),
+            (999, "999 B"),
+            (1_000, "1.00 kB"),
+            (9_994, "9.99 kB"),
+            (9_996, "10.0 kB"),
+            (83_457, "83.5 kB"),
+            (99_960, "100 kB"),
+            (999_499, "999 kB"),
+            (999_500, "1.00 MB"),
+            (u64::MAX, "18.4 EB"),
+        ] {
+            assert_eq!(bytes(count), text);
+        }
+    }
+
+    #[test]
+    fn seconds_have_as_many_decimals_as_they_need() {
+        let text = |nanos| plain_seconds(Timestamp::from_nanos(nanos));
+        assert_eq!(text(17_492_054_000), "17.492054 s");
+        assert_eq!(text(20_000_000_000), "20 s");
+        assert_eq!(text(0), "0 s");
+        assert_eq!(text(1), "0.000000001 s");
+    }
 }
