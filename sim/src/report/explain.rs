@@ -59,16 +59,25 @@ pub(super) fn anomaly(name: &str) -> &'static str {
     known.map_or("", |&(_, phrase)| phrase)
 }
 
-const ANOMALIES: [(&str, &str); 5] = [
+/// In the order of their names.
+const ANOMALIES: [(&str, &str); 19] = [
+    ("authentication-option", "signed segments; the option had to be taken off"),
     ("data-after-fin", "bytes behind the sender's own FIN"),
-    (
-        "hole",
-        "bytes that the capture lacks; zeros took their place and are not counted",
-    ),
-    ("no-syn", "begins without its SYN; the handshake was made up"),
-    (
-        "overlap",
-        "one stretch of bytes twice, with different content; the first counts",
-    ),
+    ("data-after-reset", "bytes from the target after the client's reset"),
+    ("hole", "bytes that were acknowledged but not captured; zeros stood for them"),
+    ("keep-alive", "probes below the next sequence number"),
+    ("no-syn", "the beginning was not captured"),
+    ("no-syn-ack", "answered, but the answer was not captured"),
+    ("out-of-order", "segments after others that they precede"),
+    ("outside-window", "bytes outside the receiver's window"),
+    ("overlap", "different bytes for one place; the first count"),
+    ("reset-data", "a reset that carries data"),
+    ("retransmission", "segments sent again"),
+    ("snap-cut", "packets cut by the snap length"),
+    ("split-handshake", "both sides sent a SYN"),
+    ("syn-data", "data on the SYN"),
     ("syn-retransmit", "the SYN was sent again"),
+    ("unanswered", "nobody answered"),
+    ("urgent", "an urgent pointer"),
+    ("zero-window", "the window was closed"),
 ];

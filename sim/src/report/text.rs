@@ -20,6 +20,7 @@ use super::{Facts, Report, explain, table};
 const LISTED: usize = 12;
 
 const BOLD: Style = Style::new().bold();
+const DIM: Style = Style::new().dimmed();
 const GOOD: Style = AnsiColor::Green.on_default();
 const BAD: Style = AnsiColor::Red.on_default().bold();
 const NOTABLE: Style = AnsiColor::Yellow.on_default();
@@ -73,6 +74,17 @@ impl Screen {
     /// What a complaint begins with.
     pub fn error_label(self) -> String {
         self.paint(BAD, "error:")
+    }
+
+    /// Where there is more to see; nothing unless somebody sits before the screen.
+    pub fn hint(self) -> String {
+        match self.width {
+            None => String::new(),
+            Some(_) => {
+                let hint = "more: --packets FILE for each packet, --json for everything, --help for the rest";
+                format!("{}\n", self.paint(DIM, hint))
+            }
+        }
     }
 
     fn paint(self, style: Style, text: impl Display) -> String {
