@@ -511,6 +511,47 @@ fn what_is_printed_fits_the_schema() {
     assert!(errors.is_empty(), "{errors:#?}");
 }
 
+#[test]
+fn a_journal_replays_to_the_digest_of_its_capture() {
+    let bench = Bench::new();
+    bench.capture("a.pcap", 3);
+    let whole = bench.replay(&["--json", "a.pcap", "--journal", "a.journal"]);
+    assert_eq!(whole.code, 0, "{}", whole.stderr);
+    let digest = whole.json()["digest"].as_str().unwrap().to_owned();
+    bench.write("expect.toml", format!("digest = \"{digest}\"\n"));
+    let again = bench.replay(&["--json", "a.journal", "--expect", "expect.toml"]);
+    assert_eq!(again.code, 0, "{}{}", again.stdout, again.stderr);
+    assert_eq!(
+        (&again.json()["journal"], &again.json()["packets"]),
+        (&"a.journal".into(), &3.into())
+    );
+    let text = bench.replay(&["a.journal"]);
+    assert_eq!(
+        (text.code, text.stdout.contains(&digest)),
+        (0, true),
+        "{}",
+        text.stdout
+    );
+
+    let refused = bench.replay(&["a.journal", "--packets", "lines"]);
+    refused.complained(2, &["--packets does not go with \"a.journal\"", "hint: "]);
+    assert_eq!(bench.names(), ["a.journal", "a.pcap", "expect.toml"]);
+
+    let journal = fs::read(bench.path("a.journal")).unwrap();
+    bench.write("cut.journal", &journal[..journal.len() - 1]);
+    let cut = bench.replay(&["--json", "cut.journal"]);
+    assert_eq!(cut.code, 0, "{}", cut.stderr);
+    assert!(
+        cut.json()["damaged"].as_str().unwrap().contains("cut short"),
+        "{}",
+        cut.stdout
+    );
+    bench.write("bare.journal", &journal[..20]);
+    bench
+        .replay(&["bare.journal"])
+        .complained(2, &["journal \"bare.journal\" cannot be used", "cut short"]);
+}
+
 /// Every capture of the collection in `TUNGATE_CAPTURES`; without it, one made here.
 fn captures(bench: &Bench) -> PathBuf {
     match std::env::var_os("TUNGATE_CAPTURES") {

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -85,6 +85,37 @@ pub(super) struct Change {
     /// Since the capture's first packet.
     pub(super) after: Duration,
     pub(super) file: PathBuf,
+}
+
+impl Args {
+    /// The files to write, each with its option.
+    pub(super) fn outputs(&self) -> Vec<(&'static str, &Path)> {
+        let all = [
+            ("--packets", &self.packets),
+            ("--out", &self.out),
+            ("--transcript", &self.transcript),
+            ("--journal", &self.journal),
+        ];
+        all.into_iter()
+            .filter_map(|(option, path)| Some((option, path.as_deref()?)))
+            .collect()
+    }
+
+    /// The first option that is used and says something about a capture, not a journal.
+    pub(super) fn for_captures_only(&self) -> Option<&'static str> {
+        let used = [
+            ("--config", self.config.is_some()),
+            ("--list", !self.list.is_empty()),
+            ("--change", !self.change.is_empty()),
+            ("--against", self.against.is_some()),
+            ("--clients", !self.clients.is_empty()),
+        ];
+        let used = used
+            .into_iter()
+            .filter_map(|(option, used)| used.then_some(option));
+        used.chain(self.outputs().into_iter().map(|(option, _)| option))
+            .next()
+    }
 }
 
 const EXAMPLES: &str = "\

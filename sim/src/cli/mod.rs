@@ -5,11 +5,12 @@
 
 mod args;
 mod inputs;
+mod printer;
 mod progress;
+mod source;
 
 use std::error::Error;
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -19,12 +20,14 @@ use tungate_engine::{Policy, Timestamp};
 
 pub use self::args::Args;
 use self::inputs::Inputs;
+use self::printer::Printer;
 use self::progress::Progress;
+use self::source::{Opened, Source};
 use crate::capture::Capture;
 use crate::outcome::Sink;
 use crate::replay::{self, Options, Outcome};
 use crate::report::expect::Expectations;
-use crate::report::{Collector, Facts, JsonReports, Output, Report, ReportError, Screen, Total};
+use crate::report::{Collector, Facts, JournalReport, Output, OutputError, Report, Screen};
 
 /// How a run ended; of several captures, the worst counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -52,11 +55,21 @@ struct Configured {
     options: Options,
 }
 
+/// What one input has come to.
+enum Reported {
+    Capture(Box<Report>),
+    Journal(JournalReport),
+}
+
 /// A usage that makes no sense, or an input that cannot be replayed in this way.
 #[derive(Debug, thiserror::Error)]
 enum UsageError {
     #[error("{option} takes one capture, but there are {captures}\nhint: replay them one by one")]
     OneCapture { option: &'static str, captures: usize },
+    #[error("{option} does not go with \"{name}\", which is a journal\nhint: a journal holds its own policy")]
+    Journal { option: &'static str, name: String },
+    #[error("journal \"{name}\" cannot be used: {error}")]
+    BadJournal { name: String, error: io::Error },
     #[error("{first} and {second} both go to standard output\nhint: name a file for one of them")]
     OneOutput {
         first: &'static str,
@@ -147,7 +160,7 @@ fn warn(warnings: &[Diagnostic]) {
 
 /// Refuses outputs that would overwrite or mingle with each other.
 fn check_outputs(args: &Args, captures: usize) -> Result<(), UsageError> {
-    let outputs = outputs(args);
+    let outputs = args.outputs();
     match outputs.first() {
         Some(&(option, _)) if captures > 1 => return Err(UsageError::OneCapture { option, captures }),
         Some(_) | None => {}
@@ -165,19 +178,6 @@ fn check_outputs(args: &Args, captures: usize) -> Result<(), UsageError> {
     }
 }
 
-/// The files to write, each with its option.
-fn outputs(args: &Args) -> Vec<(&'static str, &Path)> {
-    let all = [
-        ("--packets", &args.packets),
-        ("--out", &args.out),
-        ("--transcript", &args.transcript),
-        ("--journal", &args.journal),
-    ];
-    all.into_iter()
-        .filter_map(|(option, path)| Some((option, path.as_deref()?)))
-        .collect()
-}
-
 fn is_dash(path: &Path) -> bool {
     path == Path::new("-")
 }
@@ -193,12 +193,13 @@ impl Configured {
     fn new(name: String, loaded: Loaded, args: &Args) -> Self {
         let options = Options {
             policy: Arc::new(Policy::new(loaded.policy)),
-            changes: Vec::new(),
+            config: loaded.engine,
             clients: args.clients.clone(),
             midstream: args.midstream,
             checksums: args.checksums,
             congestion: args.congestion,
-            jobs: args.jobs.or_else(|| std::thread::available_parallelism().ok()),
+            jobs: args.jobs,
+            ..Options::default()
         };
         Self { name, options }
     }
@@ -214,13 +215,13 @@ impl Session<'_> {
         let mut printer = Printer::new(self.args, several)?;
         for path in &inputs.captures {
             match self.replay(path, &mut progress) {
-                Ok(mut report) => {
-                    status = status.max(if report.differs() {
+                Ok(mut reported) => {
+                    status = status.max(if reported.differs() {
                         Status::Differs
                     } else {
                         Status::Expected
                     });
-                    printer.print(&mut report)?;
+                    printer.print(&mut reported)?;
                 }
                 Err(error) => {
                     complain(error.as_ref());
@@ -236,9 +237,64 @@ impl Session<'_> {
         Ok(if unusable > 0 { Status::Unusable } else { status })
     }
 
-    fn replay(&self, path: &Path, progress: &mut Progress) -> Result<Report, Box<dyn Error>> {
+    fn replay(&self, path: &Path, progress: &mut Progress) -> Result<Reported, Box<dyn Error>> {
         let mut source = Source::new(path, self.against.is_some())?;
-        let mut capture = source.open()?;
+        match source.open()? {
+            Opened::Journal(journal) => self.replay_journal(source.name(), journal),
+            Opened::Capture(capture) => self.replay_capture(&mut source, capture, progress),
+        }
+    }
+
+    fn replay_journal(&self, name: String, journal: Box<dyn Read>) -> Result<Reported, Box<dyn Error>> {
+        if let Some(option) = self.args.for_captures_only() {
+            return Err(UsageError::Journal { option, name }.into());
+        }
+        match replay::repeat(journal) {
+            Ok(repeated) => Ok(Reported::Journal(JournalReport::new(
+                name,
+                repeated,
+                self.expectations.as_ref(),
+            ))),
+            Err(error) => Err(UsageError::BadJournal { name, error }.into()),
+        }
+    }
+
+    fn replay_capture(
+        &self,
+        source: &mut Source<'_>,
+        mut capture: Capture,
+        progress: &mut Progress,
+    ) -> Result<Reported, Box<dyn Error>> {
+        let mut collector = self.collector()?;
+        let mut journal = self.args.journal.as_deref().map(Output::create).transpose()?;
+        let outcome = play(
+            &mut capture,
+            &self.policy.options,
+            journal.as_mut(),
+            &mut collector,
+            progress,
+        )?;
+        journal.map_or(Ok(()), Output::finish)?;
+        let mut report = collector.finish(Facts {
+            capture: source.name(),
+            policy: self.policy.name.clone(),
+            changes: self.changes.clone(),
+            format: capture.format().to_string(),
+            link_types: link_types(&capture),
+            outcome,
+        })?;
+        if let Some(against) = &self.against {
+            let mut capture = source.reopen()?;
+            let mut comparison = report.comparison()?;
+            let outcome = play(&mut capture, &against.options, None, &mut comparison, progress)?;
+            let found = comparison.finish(against.name.clone(), outcome.digest)?;
+            report.add_comparison(found);
+        }
+        Ok(Reported::Capture(Box::new(report)))
+    }
+
+    /// A collector that writes the files that were asked for.
+    fn collector(&self) -> Result<Collector, OutputError> {
         let mut collector = Collector::new();
         if let Some(path) = &self.args.packets {
             collector.write_packets(path)?;
@@ -255,37 +311,37 @@ impl Session<'_> {
         if self.against.is_some() {
             collector.keep_decisions();
         }
-        let outcome = play(&mut capture, &self.policy.options, &mut collector, progress);
-        let mut report = collector.finish(Facts {
-            capture: source.name(),
-            policy: self.policy.name.clone(),
-            changes: self.changes.clone(),
-            format: capture.format().to_string(),
-            link_types: link_types(&capture),
-            damaged: outcome.damaged,
-            digest: outcome.digest,
-            totals: outcome.totals,
-        })?;
-        if let Some(against) = &self.against {
-            let mut comparison = report.comparison()?;
-            let outcome = play(&mut source.open()?, &against.options, &mut comparison, progress);
-            let found = comparison.finish(against.name.clone(), outcome.digest)?;
-            report.add_comparison(found);
-        }
-        Ok(report)
+        Ok(collector)
     }
 }
 
-fn play(capture: &mut Capture, options: &Options, sink: &mut dyn Sink, progress: &mut Progress) -> Outcome {
-    let size = capture.size();
-    progress.start();
-    let outcome = replay::run(capture, options, sink, &mut |at| {
-        progress.at(at.packets, at.bytes, size)
-    });
-    progress.stop(outcome.totals.read);
-    outcome
+impl Reported {
+    fn differs(&self) -> bool {
+        match self {
+            Self::Capture(report) => report.differs(),
+            Self::Journal(report) => report.differs(),
+        }
+    }
 }
 
+fn play(
+    capture: &mut Capture,
+    options: &Options,
+    journal: Option<&mut Output>,
+    sink: &mut dyn Sink,
+    progress: &mut Progress,
+) -> io::Result<Outcome> {
+    let size = capture.size();
+    let journal = journal.map(|output| output as &mut dyn Write);
+    progress.start();
+    let outcome = replay::run(capture, options, journal, sink, &mut |at: replay::Progress| {
+        progress.at(at.packets, at.bytes, size);
+    })?;
+    progress.stop(outcome.totals.read);
+    Ok(outcome)
+}
+
+/// The names of the capture's link types, each once.
 fn link_types(capture: &Capture) -> Vec<String> {
     let mut names: Vec<String> = Vec::new();
     for interface in capture.interfaces() {
@@ -295,133 +351,4 @@ fn link_types(capture: &Capture) -> Vec<String> {
         }
     }
     names
-}
-
-/// Where a capture's bytes come from.
-enum Source<'a> {
-    File(&'a Path),
-    Stdin,
-    /// What came by a pipe, kept to be read more than once.
-    Kept {
-        path: &'a Path,
-        file: File,
-    },
-}
-
-impl<'a> Source<'a> {
-    /// Standard input and pipes give their bytes once: what is to be read `twice` is copied to disk.
-    fn new(path: &'a Path, twice: bool) -> Result<Self, ReportError> {
-        let kept = |mut pipe: Box<dyn Read>| -> Result<Self, ReportError> {
-            let mut file = tempfile::tempfile()?;
-            io::copy(&mut pipe, &mut file)?;
-            Ok(Self::Kept { path, file })
-        };
-        match (is_dash(path), twice) {
-            (true, true) => kept(Box::new(io::stdin())),
-            (true, false) => Ok(Self::Stdin),
-            (false, true) if path.exists() && !path.is_file() => match File::open(path) {
-                Ok(pipe) => kept(Box::new(pipe)),
-                Err(_) => Ok(Self::File(path)), // whose opening will tell why
-            },
-            (false, true | false) => Ok(Self::File(path)),
-        }
-    }
-
-    fn name(&self) -> String {
-        match self {
-            Self::Stdin => "standard input".to_owned(),
-            Self::Kept { path, .. } if is_dash(path) => "standard input".to_owned(),
-            Self::File(path) | Self::Kept { path, .. } => path.display().to_string(),
-        }
-    }
-
-    fn open(&mut self) -> Result<Capture, Box<dyn Error>> {
-        Ok(match self {
-            Self::File(path) => Capture::open(path)?,
-            Self::Stdin => Capture::from_reader(self.name(), io::stdin())?,
-            Self::Kept { file, .. } => {
-                let mut file = file.try_clone()?;
-                file.seek(SeekFrom::Start(0))?;
-                Capture::from_reader(self.name(), file)?
-            }
-        })
-    }
-}
-
-/// Prints one report after the other.
-enum Printer {
-    Json(JsonReports<Output>),
-    Text {
-        output: Output,
-        screen: Screen,
-        several: bool,
-        total: Total,
-    },
-}
-
-impl Printer {
-    /// Reports go to standard output, or to standard error where a file goes to standard output.
-    fn new(args: &Args, several: bool) -> io::Result<Self> {
-        if args.json {
-            return Ok(Self::Json(JsonReports::new(Output::stdout(), several)?));
-        }
-        let elsewhere = outputs(args).iter().any(|(_, path)| is_dash(path));
-        let (output, screen) = match elsewhere {
-            false => (Output::stdout(), Screen::stdout()),
-            true => (Output::stderr(), Screen::stderr()),
-        };
-        Ok(Self::Text {
-            output,
-            screen,
-            several,
-            total: Total::default(),
-        })
-    }
-
-    fn print(&mut self, report: &mut Report) -> Result<(), Box<dyn Error>> {
-        match self {
-            Self::Json(reports) => reports.add(report)?,
-            Self::Text {
-                output,
-                screen,
-                several,
-                total,
-            } => {
-                total.add(report);
-                output.write_all(report.text(*screen).as_bytes())?;
-                if *several {
-                    output.write_all(b"\n")?;
-                }
-                output.flush()?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether nobody reads what is printed any more.
-    fn is_closed(&self) -> bool {
-        match self {
-            Self::Json(reports) => reports.output().is_closed(),
-            Self::Text { output, .. } => output.is_closed(),
-        }
-    }
-
-    fn finish(self, unusable: u64, left_out: u64) -> Result<(), Box<dyn Error>> {
-        match self {
-            Self::Json(reports) => reports.finish()?.finish()?,
-            Self::Text {
-                mut output,
-                screen,
-                several,
-                total,
-            } => {
-                if several {
-                    output.write_all(total.text(screen, unusable, left_out).as_bytes())?;
-                }
-                output.write_all(screen.hint().as_bytes())?;
-                output.finish()?;
-            }
-        }
-        Ok(())
-    }
 }

@@ -72,8 +72,9 @@ impl Progress {
         if self.terminal && self.packets > 0 && seconds > 0.0 {
             let speed = HumanCount((self.packets as f64 / seconds) as u64);
             eprintln!(
-                "{} packets in {seconds:.2} s: {speed} packets/s",
-                HumanCount(self.packets)
+                "{} packets in {:.1?}: {speed} packets/s",
+                HumanCount(self.packets),
+                self.busy
             );
         }
     }

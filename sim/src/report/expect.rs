@@ -23,7 +23,7 @@ use crate::outcome::{FlowRecord, Stream};
 pub const EXAMPLE: &str = include_str!("expect_example.toml");
 
 /// The expectations of one file.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Expectations {
     digest: Option<String>,
@@ -80,20 +80,20 @@ pub struct Mismatch {
     pub actual: String,
 }
 
-#[derive(Debug, Clone, Copy, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
 #[serde(untagged, expecting = "a number of flows, or \"all\"")]
 enum Exact {
     Flows(u64),
     Word(All),
 }
 
-#[derive(Debug, Clone, Copy, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
 enum All {
     #[serde(rename = "all")]
     All,
 }
 
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct FlowExpectation {
     id: Option<u64>,
@@ -115,7 +115,7 @@ struct FlowExpectation {
     to_client: StreamExpectation,
 }
 
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct StreamExpectation {
     bytes: Option<u64>,
@@ -172,6 +172,25 @@ impl Expectations {
     }
 }
 
+impl Expectations {
+    /// What does not hold of a journal, which has a digest and perhaps damage; whatever else is expected does not.
+    pub(super) fn compare_journal(&self, digest: &String, damaged: bool) -> Vec<Mismatch> {
+        let mut mismatches = Mismatches::default();
+        mismatches.value("digest", self.digest.as_ref(), digest);
+        mismatches.value("damaged", self.damaged.as_ref(), &damaged);
+        let rest = Self {
+            digest: None,
+            damaged: None,
+            ..self.clone()
+        };
+        if rest != Self::default() {
+            let (what, expected) = ("all but digest and damaged", "a capture");
+            mismatches.add(what.to_owned(), expected.to_owned(), "a journal".to_owned());
+        }
+        mismatches.0
+    }
+}
+
 impl Expecting {
     pub(super) fn new(expectations: Expectations) -> Self {
         let flows = expectations
@@ -196,10 +215,14 @@ impl Expecting {
     pub(super) fn finish(self, report: &Report) -> Vec<Mismatch> {
         let expected = &self.expectations;
         let mut mismatches = Mismatches::default();
-        let (facts, flows, by_rule) = (&report.facts, &report.flows, report.rules.packets());
-        let totals = &facts.totals;
-        mismatches.value("digest", expected.digest.as_ref(), &facts.digest);
-        mismatches.value("damaged", expected.damaged.as_ref(), &facts.damaged.is_some());
+        let (facts, flows) = (&report.facts, &report.flows);
+        let totals = &facts.outcome.totals;
+        mismatches.value("digest", expected.digest.as_ref(), &facts.outcome.digest);
+        mismatches.value(
+            "damaged",
+            expected.damaged.as_ref(),
+            &facts.outcome.damaged.is_some(),
+        );
         for (what, expected, actual) in [
             ("read", expected.read, totals.read),
             ("judged", expected.judged, totals.judged),
@@ -212,9 +235,11 @@ impl Expecting {
         ] {
             mismatches.value(what, expected.as_ref(), &actual);
         }
-        mismatches.counts("by_rule", &expected.by_rule, |name| by_rule.get(name));
+        mismatches.counts("by_rule", &expected.by_rule, |name| {
+            facts.outcome.by_rule.get(name)
+        });
         mismatches.counts("by_reason", &expected.by_reason, |name| {
-            report.by_reason.get(name)
+            facts.outcome.by_reason.get(name)
         });
         mismatches.value(
             "disagreements",

@@ -61,10 +61,19 @@ pub(super) fn anomaly(name: &str) -> &'static str {
 
 /// In the order of their names.
 const ANOMALIES: [(&str, &str); 19] = [
-    ("authentication-option", "signed segments; the option had to be taken off"),
+    (
+        "authentication-option",
+        "signed segments; the option had to be taken off",
+    ),
     ("data-after-fin", "bytes behind the sender's own FIN"),
-    ("data-after-reset", "bytes from the target after the client's reset"),
-    ("hole", "bytes that were acknowledged but not captured; zeros stood for them"),
+    (
+        "data-after-reset",
+        "bytes from the target after the client's reset",
+    ),
+    (
+        "hole",
+        "bytes that were acknowledged but not captured; zeros stood for them",
+    ),
     ("keep-alive", "probes below the next sequence number"),
     ("no-syn", "the beginning was not captured"),
     ("no-syn-ack", "answered, but the answer was not captured"),

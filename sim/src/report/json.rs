@@ -9,13 +9,14 @@ use std::io::{self, BufRead, Write};
 use serde::Serialize;
 use tungate_engine::Timestamp;
 
+use super::JournalReport;
 use super::flows::seconds;
 use super::spool::Spool;
 use super::{Report, ReportError, start_time};
 use crate::outcome::Totals;
 
 /// The value of `schema`: it grows when a key changes its meaning or goes.
-const SCHEMA: u32 = 1;
+pub(super) const SCHEMA: u32 = 1;
 
 /// Writes the reports of several captures, or of one.
 pub struct JsonReports<W> {
@@ -54,12 +55,32 @@ impl<W: Write> JsonReports<W> {
     ///
     /// [`ReportError::Spool`] when flows could not be kept on disk, or what the output reports.
     pub fn add(&mut self, report: &mut Report) -> Result<(), ReportError> {
-        if self.array {
-            self.output
-                .write_all(if self.reports == 0 { b"\n" } else { b",\n" })?;
-        }
-        self.reports += 1;
+        self.separate()?;
         report.write_json(&mut self.output)?;
+        self.end()
+    }
+
+    /// Writes the report on a journal.
+    ///
+    /// # Errors
+    ///
+    /// What the output reports.
+    pub fn add_journal(&mut self, report: &JournalReport) -> Result<(), ReportError> {
+        self.separate()?;
+        serde_json::to_writer(&mut self.output, report).map_err(io::Error::from)?;
+        self.end()
+    }
+
+    fn separate(&mut self) -> io::Result<()> {
+        self.reports += 1;
+        match (self.array, self.reports) {
+            (false, _) => Ok(()),
+            (true, 1) => self.output.write_all(b"\n"),
+            (true, _) => self.output.write_all(b",\n"),
+        }
+    }
+
+    fn end(&mut self) -> Result<(), ReportError> {
         if !self.array {
             self.output.write_all(b"\n")?;
         }
@@ -87,11 +108,11 @@ impl<W: Write> JsonReports<W> {
 impl Report {
     fn write_json(&mut self, output: &mut dyn Write) -> Result<(), ReportError> {
         let facts = &self.facts;
-        let totals = &facts.totals;
+        let totals = &facts.outcome.totals;
         let mut object = Object::begin(output, " ")?;
         object.key("schema", &SCHEMA)?;
         object.key("capture", &facts.capture)?;
-        object.key("digest", &facts.digest)?;
+        object.key("digest", &facts.outcome.digest)?;
         object.key("policy", &facts.policy)?;
         object.key(
             "changes",
@@ -104,15 +125,15 @@ impl Report {
         object.key("started", &started)?;
         object.key("duration", &seconds(totals.duration))?;
         object.key("captured_bytes", &totals.captured_bytes)?;
-        object.key("damaged", &facts.damaged)?;
+        object.key("damaged", &facts.outcome.damaged)?;
         object.key("packets", &Packets::from(totals))?;
         object.key(
             "verdicts",
             &Verdicts {
                 pass: totals.pass,
                 drop: totals.drop,
-                by_rule: self.rules.packets(),
-                by_reason: &self.by_reason,
+                by_rule: &facts.outcome.by_rule,
+                by_reason: &facts.outcome.by_reason,
             },
         )?;
         let (checked, disagreements) = (totals.parity_checked, totals.parity_disagreements);
@@ -185,7 +206,7 @@ struct Packets {
 struct Verdicts<'a> {
     pass: u64,
     drop: u64,
-    by_rule: BTreeMap<String, u64>,
+    by_rule: &'a BTreeMap<String, u64>,
     by_reason: &'a BTreeMap<&'static str, u64>,
 }
 

@@ -10,6 +10,7 @@ mod emitted;
 pub mod expect;
 mod explain;
 mod flows;
+mod journal;
 mod json;
 mod output;
 mod packets;
@@ -20,7 +21,6 @@ mod table;
 mod tests;
 mod text;
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -33,6 +33,7 @@ pub use self::against::{Against, Comparison};
 use self::emitted::EmittedPackets;
 use self::expect::{Expectations, Expecting, Mismatch};
 use self::flows::{FlowSummary, Flows};
+pub use self::journal::JournalReport;
 pub use self::json::JsonReports;
 pub(crate) use self::output::Output;
 pub use self::output::OutputError;
@@ -40,8 +41,8 @@ use self::packets::PacketLines;
 use self::rules::RuleNames;
 use self::spool::StoredFlows;
 pub use self::text::{Screen, Total};
-use crate::capture::Damage;
-use crate::outcome::{Emitted, FlowRecord, PacketRecord, Side, Sink, Totals};
+use crate::outcome::{Emitted, FlowRecord, PacketRecord, Sink, Totals};
+use crate::replay::Outcome;
 
 /// What is known of a replay besides its records.
 #[derive(Debug, Clone)]
@@ -56,18 +57,13 @@ pub struct Facts {
     pub format: String,
     /// Names of its link types, each once.
     pub link_types: Vec<String>,
-    /// Where it could not be read on, and why.
-    pub damaged: Option<Damage>,
-    /// SHA-256, in hex, over packets emitted, per-packet decisions and flow results.
-    pub digest: String,
-    /// Counts of the whole capture.
-    pub totals: Totals,
+    /// What the replay came to.
+    pub outcome: Outcome,
 }
 
 /// Takes a replay's records.
 pub struct Collector {
     rules: RuleNames,
-    by_reason: BTreeMap<&'static str, u64>,
     flows: Flows,
     packets: Option<PacketLines>,
     transcript: Option<Output>,
@@ -80,7 +76,6 @@ pub struct Collector {
 pub struct Report {
     facts: Facts,
     rules: RuleNames,
-    by_reason: BTreeMap<&'static str, u64>,
     flows: FlowSummary,
     stored: StoredFlows,
     decisions: Option<DecisionLog>,
@@ -118,7 +113,6 @@ impl Collector {
     pub fn new() -> Self {
         Self {
             rules: RuleNames::default(),
-            by_reason: BTreeMap::new(),
             flows: Flows::new(),
             packets: None,
             transcript: None,
@@ -173,7 +167,6 @@ impl Collector {
         let mut report = Report {
             facts,
             rules: self.rules,
-            by_reason: self.by_reason,
             flows,
             stored,
             decisions: self.decisions,
@@ -203,20 +196,6 @@ impl Sink for Collector {
             .rule
             .as_ref()
             .map(|(policy, rule)| self.rules.id(policy, *rule));
-        match packet.side {
-            Side::Client | Side::Target => {
-                if let Some(rule) = rule {
-                    self.rules.count(rule);
-                }
-                if packet.dropped {
-                    *self
-                        .by_reason
-                        .entry(packet.reason.unwrap_or("unknown"))
-                        .or_default() += 1;
-                }
-            }
-            Side::None => {}
-        }
         if let Some(packets) = &mut self.packets {
             packets.add(packet, rule.map(|rule| self.rules.name(rule)));
         }
@@ -266,7 +245,7 @@ impl Sink for Collector {
     }
 
     fn wants_packets(&self) -> bool {
-        true
+        self.packets.is_some() || self.decisions.is_some() || self.emitted.is_some()
     }
 }
 
@@ -292,7 +271,7 @@ impl Report {
 
     /// Whether anything is not as expected: an expectation, the other policy, or pre-filter and engine disagree.
     pub fn differs(&self) -> bool {
-        self.facts.totals.parity_disagreements > 0
+        self.facts.outcome.totals.parity_disagreements > 0
             || self.against.as_ref().is_some_and(Against::differs)
             || self
                 .mismatches

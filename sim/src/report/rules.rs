@@ -1,6 +1,6 @@
 //! Names of what decided, looked up once per rule and not once per packet.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use tungate_engine::policy::{Policy, RuleRef};
@@ -9,11 +9,10 @@ use tungate_engine::policy::{Policy, RuleRef};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct RuleId(pub(super) u32);
 
-/// The names of the rules that have decided something, each with the number of packets.
+/// The names of the rules that have decided something.
 #[derive(Debug, Default)]
 pub(super) struct RuleNames {
     names: Vec<String>,
-    packets: Vec<u64>,
     by_name: HashMap<String, RuleId>,
     /// Keyed by the policy's address: compared, never followed, and kept from reuse by `policies`.
     by_rule: HashMap<(usize, RuleRef), RuleId>,
@@ -46,24 +45,9 @@ impl RuleNames {
         id
     }
 
-    /// Counts a packet that `id` decided.
-    pub(super) fn count(&mut self, id: RuleId) {
-        self.packets[id.0 as usize] += 1;
-    }
-
     /// The name of `id`.
     pub(super) fn name(&self, id: RuleId) -> &str {
         &self.names[id.0 as usize]
-    }
-
-    /// The packets of each name that has any.
-    pub(super) fn packets(&self) -> BTreeMap<String, u64> {
-        let counted = self
-            .names
-            .iter()
-            .zip(&self.packets)
-            .filter(|&(_, &packets)| packets > 0);
-        counted.map(|(name, &packets)| (name.clone(), packets)).collect()
     }
 
     fn intern(&mut self, name: String) -> RuleId {
@@ -73,7 +57,6 @@ impl RuleNames {
         let id = RuleId(self.names.len() as u32);
         self.by_name.insert(name.clone(), id);
         self.names.push(name);
-        self.packets.push(0);
         id
     }
 }
@@ -98,27 +81,13 @@ mod tests {
     }
 
     #[test]
-    fn one_name_in_two_policies_is_counted_together() {
+    fn one_name_in_two_policies_has_one_id() {
         let (before, after) = (policy(&["ads", "games"]), policy(&["games"]));
         let mut names = RuleNames::default();
-        for (policy, rule) in [
-            (&before, RuleRef::Rule(1)),
-            (&after, RuleRef::Rule(0)),
-            (&before, RuleRef::Default),
-            (&before, RuleRef::Rule(1)),
-        ] {
-            let id = names.id(policy, rule);
-            names.count(id);
-        }
-        let expected = [("default".to_owned(), 1), ("games".to_owned(), 3)];
-        assert_eq!(names.packets(), BTreeMap::from(expected));
-    }
-
-    #[test]
-    fn a_name_that_decided_no_packet_is_not_listed() {
-        let mut names = RuleNames::default();
-        let id = names.id(&policy(&["ads"]), RuleRef::Rule(0));
-        assert_eq!(names.name(id), "ads");
-        assert!(names.packets().is_empty());
+        let games = names.id(&before, RuleRef::Rule(1));
+        let ads = names.id(&before, RuleRef::Rule(0));
+        assert_eq!(names.id(&after, RuleRef::Rule(0)), games);
+        assert_eq!(names.id(&before, RuleRef::Rule(1)), games);
+        assert_eq!((names.name(games), names.name(ads)), ("games", "ads"));
     }
 }

@@ -3,7 +3,7 @@
 use unicode_width::UnicodeWidthStr;
 
 use super::flows::endpoints;
-use super::text::{bytes, printable};
+use super::text::{by, bytes, printable};
 use crate::outcome::FlowRecord;
 
 /// One flow's cells, by [`COLUMNS`].
@@ -67,10 +67,7 @@ fn decision(flow: &FlowRecord) -> String {
     if let Some(egress) = &flow.egress {
         text = format!("{text} {}", printable(egress));
     }
-    match flow.rule.as_deref() {
-        None | Some("default") => text,
-        Some(rule) => format!("{text} by \"{}\"", printable(rule)),
-    }
+    text + &by(flow.rule.as_deref())
 }
 
 fn lay_out(rows: &[Cells], below: &[usize], limit: usize) -> Vec<String> {

@@ -5,19 +5,24 @@ use std::collections::BTreeMap;
 use std::fmt::{self, Display, Write as _};
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use clap::builder::styling::{AnsiColor, Style};
-use indicatif::HumanCount;
+use indicatif::{HumanCount, HumanDuration};
 use tungate_engine::Timestamp;
 use unicode_width::UnicodeWidthStr;
 
 use super::against::{Against, Decision, FlowChange, FlowState, PacketChange};
 use super::expect::Mismatch;
+use super::journal::JournalReport;
 use super::packets::Verdict;
 use super::{Facts, Report, explain, table};
 
 /// How many rules and reasons are listed.
 const LISTED: usize = 12;
+
+/// The width of a terminal that does not tell its own.
+const USUAL_WIDTH: usize = 80;
 
 const BOLD: Style = Style::new().bold();
 const DIM: Style = Style::new().dimmed();
@@ -38,6 +43,7 @@ pub struct Screen {
 #[derive(Debug, Default)]
 pub struct Total {
     captures: u64,
+    journals: u64,
     damaged: u64,
     packets: u64,
     dropped: u64,
@@ -64,9 +70,9 @@ impl Screen {
         }
         let no_colour = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
         let width = terminal_size::terminal_size_of(stream);
-        let width = width.map(|(terminal_size::Width(columns), _)| columns.into());
+        let width = width.map_or(USUAL_WIDTH, |(terminal_size::Width(columns), _)| columns.into());
         Self {
-            width,
+            width: Some(width),
             colour: !no_colour,
         }
     }
@@ -99,10 +105,7 @@ impl Screen {
 impl Report {
     /// The report as text, its last line ended.
     pub fn text(&self, screen: Screen) -> String {
-        let mut text = Text {
-            screen,
-            text: String::new(),
-        };
+        let mut text = Text::new(screen);
         text.facts(&self.facts);
         text.packets(self);
         text.flows(self);
@@ -120,9 +123,9 @@ impl Report {
 impl Total {
     /// Adds one capture's report.
     pub fn add(&mut self, report: &Report) {
-        let totals = &report.facts.totals;
+        let totals = &report.facts.outcome.totals;
         self.captures += 1;
-        self.damaged += u64::from(report.facts.damaged.is_some());
+        self.damaged += u64::from(report.facts.outcome.damaged.is_some());
         self.packets += totals.read;
         self.dropped += totals.drop;
         self.flows += report.flows.count;
@@ -133,17 +136,20 @@ impl Total {
         self.differing += u64::from(report.differs());
     }
 
+    /// Adds one journal's report, of which little can be summed up.
+    pub fn add_journal(&mut self, report: &JournalReport) {
+        self.journals += 1;
+        self.differing += u64::from(report.differs());
+    }
+
     /// The sums as text, with the numbers of captures that could not be used and of files that are no captures.
     pub fn text(&self, screen: Screen, unusable: u64, left_out: u64) -> String {
-        let mut text = Text {
-            screen,
-            text: String::new(),
-        };
-        let _ = writeln!(
-            text.text,
-            "{}",
-            screen.paint(BOLD, count(self.captures, "capture"))
-        );
+        let mut text = Text::new(screen);
+        let mut title = count(self.captures, "capture");
+        if self.journals > 0 {
+            let _ = write!(title, ", {}", count(self.journals, "journal"));
+        }
+        text.title(&title);
         let mut parts = vec![
             count(self.packets, "packet"),
             format!("{} dropped", HumanCount(self.dropped)),
@@ -169,16 +175,47 @@ impl Total {
 }
 
 /// A report being written.
-struct Text {
+pub(super) struct Text {
     screen: Screen,
     text: String,
 }
 
 impl Text {
-    fn facts(&mut self, facts: &Facts) {
-        let totals = &facts.totals;
-        let title = self.screen.paint(BOLD, printable(&facts.capture));
+    pub(super) fn new(screen: Screen) -> Self {
+        Self {
+            screen,
+            text: String::new(),
+        }
+    }
+
+    pub(super) fn finish(self) -> String {
+        self.text
+    }
+
+    /// The name of what is reported on.
+    pub(super) fn title(&mut self, name: &str) {
+        let title = self.screen.paint(BOLD, printable(name));
         self.line(title);
+    }
+
+    /// Where something could not be read on, and why.
+    pub(super) fn damage(&mut self, what: &str) {
+        let damage = self.paint_bad(printable(what));
+        self.item("damaged", damage);
+    }
+
+    /// What a journal holds.
+    pub(super) fn journal(&mut self, packets: u64, calls: u64) {
+        let packets = count(packets, "packet");
+        self.item(
+            "entered",
+            format!("{packets}, in {} of the engine", count(calls, "call")),
+        );
+    }
+
+    fn facts(&mut self, facts: &Facts) {
+        let totals = &facts.outcome.totals;
+        self.title(&facts.capture);
         let format = [&facts.format].into_iter().chain(&facts.link_types);
         self.item(
             "format",
@@ -191,17 +228,11 @@ impl Text {
         );
         if totals.read > 0 {
             let start = humantime::format_rfc3339_seconds(super::start_time(totals));
-            let _ = write!(captured, " in {} from {start}", plain_seconds(totals.duration));
+            let _ = write!(captured, " in {} from {start}", span(totals.duration));
         }
         self.item("captured", captured);
-        if let Some(damage) = &facts.damaged {
-            let damage = format!(
-                "after packet {}: {}",
-                damage.after_packet,
-                printable(&damage.what)
-            );
-            let damage = self.paint_bad(damage);
-            self.item("damaged", damage);
+        if let Some(damage) = &facts.outcome.damaged {
+            self.damage(&format!("after packet {}: {}", damage.after_packet, damage.what));
         }
         let mut policy = match facts.policy.as_str() {
             "default" => "default: all direct, no lists".to_owned(),
@@ -214,7 +245,7 @@ impl Text {
     }
 
     fn packets(&mut self, report: &Report) {
-        let totals = &report.facts.totals;
+        let totals = &report.facts.outcome.totals;
         let mut parts = vec![
             format!("{} from clients", HumanCount(totals.from_client)),
             format!("{} from targets", HumanCount(totals.from_target)),
@@ -235,11 +266,13 @@ impl Text {
         }
         self.item("verdicts", verdicts);
         let reasons = report
+            .facts
+            .outcome
             .by_reason
             .iter()
             .map(|(&name, &count)| (name, count, explain::reason(name)));
         self.list("", reasons.collect());
-        let by_rule = report.rules.packets();
+        let by_rule = &report.facts.outcome.by_rule;
         if by_rule.keys().any(|name| name != "default") {
             self.list(
                 "rules",
@@ -263,9 +296,7 @@ impl Text {
         );
         self.line(String::new());
         let mut lines = table::flows(&flows.largest, self.screen.width).into_iter();
-        let heading = self
-            .screen
-            .paint(Style::new().dimmed(), lines.next().unwrap_or_default());
+        let heading = self.screen.paint(DIM, lines.next().unwrap_or_default());
         self.line(heading);
         lines.for_each(|line| self.line(line));
         match flows.count - flows.largest.len() as u64 {
@@ -279,7 +310,7 @@ impl Text {
     }
 
     fn findings(&mut self, report: &Report) {
-        let totals = &report.facts.totals;
+        let totals = &report.facts.outcome.totals;
         let anomalies = &report.flows.by_anomaly;
         let anomalies = anomalies
             .iter()
@@ -301,7 +332,7 @@ impl Text {
         }
         self.fidelity(totals.fidelity_exact, totals.fidelity_flows);
         self.parity(totals.parity_disagreements, totals.parity_checked);
-        self.item("digest", report.facts.digest.clone());
+        self.item("digest", report.facts.outcome.digest.clone());
     }
 
     fn fidelity(&mut self, exact: u64, flows: u64) {
@@ -321,6 +352,7 @@ impl Text {
     fn parity(&mut self, disagreements: u64, checked: u64) {
         let packets = count(checked, "client packet");
         let text = match disagreements {
+            0 if checked == 0 => "no client packet to compare pre-filter and engine by".to_owned(),
             0 => format!("pre-filter and engine agree on {packets}"),
             disagreements => {
                 let contradict = format!("contradict each other on {}", HumanCount(disagreements));
@@ -333,7 +365,7 @@ impl Text {
         self.item("parity", text);
     }
 
-    fn expected(&mut self, mismatches: &[Mismatch]) {
+    pub(super) fn expected(&mut self, mismatches: &[Mismatch]) {
         if mismatches.is_empty() {
             let all = self.screen.paint(GOOD, "all as expected");
             return self.item("expected", all);
@@ -430,7 +462,7 @@ impl Text {
     }
 
     /// A label and its text.
-    fn item(&mut self, label: &str, text: String) {
+    pub(super) fn item(&mut self, label: &str, text: String) {
         let label = self.screen.paint(BOLD, format!("{label:<9}"));
         self.line(format!("{label}  {text}"));
     }
@@ -479,9 +511,7 @@ impl Display for Mismatch {
 impl Display for Decision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.verdict.map_or("not judged", Verdict::name))?;
-        if let Some(rule) = &self.rule {
-            write!(f, " by \"{}\"", printable(rule))?;
-        }
+        f.write_str(&by(self.rule.as_deref()))?;
         self.reason.map_or(Ok(()), |reason| write!(f, " ({reason})"))
     }
 }
@@ -492,15 +522,21 @@ impl Display for FlowState {
         if let Some(egress) = &self.egress {
             write!(f, " {}", printable(egress))?;
         }
-        if let Some(rule) = &self.rule {
-            write!(f, " by \"{}\"", printable(rule))?;
-        }
+        f.write_str(&by(self.rule.as_deref()))?;
         let (to_target, to_client) = (bytes(self.to_target.bytes), bytes(self.to_client.bytes));
         write!(
             f,
             ", end {}, {to_target} to target, {to_client} to client",
             self.end
         )
+    }
+}
+
+/// Such as ` by "deny 192.0.2.0/24"`; nothing for the default, which nobody has written.
+pub(super) fn by(rule: Option<&str>) -> String {
+    match rule {
+        None | Some("default") => String::new(),
+        Some(rule) => format!(" by \"{}\"", printable(rule)),
     }
 }
 
@@ -518,6 +554,15 @@ pub(super) fn printable(text: &str) -> String {
         }
     };
     text.chars().map(escaped).collect()
+}
+
+/// Such as `17.492054 s`, or `7384.5 s (2 hours)` where seconds say little.
+fn span(time: Timestamp) -> String {
+    let seconds = plain_seconds(time);
+    match Duration::from_nanos(time.as_nanos()) {
+        short if short < Duration::from_secs(120) => seconds,
+        long => format!("{seconds} ({})", HumanDuration(long)),
+    }
 }
 
 /// Such as `17.492054 s`, with no more decimals than there are.
@@ -592,5 +637,9 @@ mod tests {
         assert_eq!(text(20_000_000_000), "20 s");
         assert_eq!(text(0), "0 s");
         assert_eq!(text(1), "0.000000001 s");
+        assert_eq!(
+            span(Timestamp::from_nanos(7_384_500_000_000)),
+            "7384.5 s (2 hours)"
+        );
     }
 }
