@@ -29,7 +29,7 @@ pub(super) struct Dispatcher<'a> {
     fragments: Fragments,
     batches: Vec<Box<Batch>>,
     workers: Vec<SyncSender<Box<Batch>>>,
-    replies: Receiver<Reply>,
+    replies: Vec<Receiver<Reply>>,
     epochs: SyncSender<Epoch>,
     /// Batches that have come back.
     spent: Receiver<Box<Batch>>,
@@ -70,7 +70,7 @@ impl<'a> Dispatcher<'a> {
     pub(super) fn new(
         options: &'a Options,
         workers: Vec<SyncSender<Box<Batch>>>,
-        replies: Receiver<Reply>,
+        replies: Vec<Receiver<Reply>>,
         epochs: SyncSender<Epoch>,
         spent: Receiver<Box<Batch>>,
         started: &'a OnceLock<u64>,
@@ -149,8 +149,8 @@ impl<'a> Dispatcher<'a> {
     fn finish(&mut self, capture: &Capture) -> Dispatched {
         self.send(End::Capture, self.now)?;
         let mut settled = self.now;
-        for _ in 0..self.workers.len() {
-            match self.replies.recv() {
+        for worker in &self.replies {
+            match worker.recv() {
                 Ok(Reply::Settled(at)) => settled = settled.max(at),
                 Ok(Reply::Fragment(_)) | Err(_) => return Err(Abandoned),
             }
@@ -349,7 +349,7 @@ impl<'a> Dispatcher<'a> {
         let mut batch = std::mem::take(&mut self.batches[worker]);
         batch.end = End::Fragment;
         self.workers[worker].send(batch).map_err(|_| Abandoned)?;
-        match self.replies.recv() {
+        match self.replies[worker].recv() {
             Ok(Reply::Fragment(whole)) => Ok(whole),
             Ok(Reply::Settled(_)) | Err(_) => Err(Abandoned),
         }

@@ -218,14 +218,16 @@ fn run_with(
         .min(usize::from(SHARDS));
     thread::scope(|scope| {
         let (mut to_workers, mut outputs, mut workers) = (Vec::new(), Vec::new(), Vec::new());
-        let (reply, replies) = sync_channel(jobs);
+        let mut replies = Vec::new();
         for index in 0..jobs {
             let (batches, work) = sync_channel(DEPTH);
             let (found, output) = sync_channel(DEPTH);
-            let worker = Worker::new(index, jobs, &setup, &started, work, found, reply.clone());
+            let (reply, answers) = sync_channel(1);
+            let worker = Worker::new(index, jobs, &setup, &started, work, found, reply);
             workers.push(scope.spawn(move || worker.run()));
             to_workers.push(batches);
             outputs.push(output);
+            replies.push(answers);
         }
         let (epochs, seen) = sync_channel(DEPTH);
         let (spend, spent) = channel();

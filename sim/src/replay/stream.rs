@@ -5,8 +5,10 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::time::Duration;
 
 use sha2::{Digest, Sha256};
+use tungate_engine::Timestamp;
 use xxhash_rust::xxh64::Xxh64;
 
 use crate::outcome::Stream;
@@ -27,7 +29,7 @@ impl Origin {
 
     /// The sequence number at `position`.
     pub(super) fn number(self, position: u64) -> u32 {
-        self.0.wrapping_add((position - SYN) as u32)
+        self.0.wrapping_add(position.wrapping_sub(SYN) as u32)
     }
 }
 
@@ -84,6 +86,13 @@ impl Held {
             Some((held, piece)) => piece.get((at - held) as usize..).unwrap_or_default(),
             None => &[],
         }
+    }
+
+    /// The first bytes held in `range`, up to the end of a piece, and where they are.
+    pub(super) fn first_in(&self, range: Range<u64>) -> Option<(u64, &[u8])> {
+        let (held, piece) = self.overlapping(range.clone()).next()?;
+        let (start, end) = (held.max(range.start), (held + piece.len() as u64).min(range.end));
+        (start < end).then(|| (start, &piece[(start - held) as usize..(end - held) as usize]))
     }
 
     /// The parts of `range` that are not held, in order.
@@ -178,6 +187,65 @@ impl Fillers {
     pub(super) fn forget_before(&mut self, at: u64) {
         let first = self.ranges.partition_point(|range| range.end <= at);
         self.ranges.drain(..first);
+    }
+}
+
+/// How long bytes are waited for that their receiver has acknowledged: captures may put packets of the two directions
+/// in the wrong order.
+const ACKNOWLEDGED_PATIENCE: Duration = Duration::from_millis(200);
+
+/// How long bytes before a FIN are waited for: two retransmissions.
+const FIN_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Missing bytes of a stream, which are waited for before they are filled in.
+#[derive(Debug, Default)]
+pub(super) struct Gaps {
+    /// What lies before this position has been acknowledged by the receiver.
+    acknowledged: Option<(Timestamp, u64)>,
+    /// A FIN is there.
+    fin: Option<Timestamp>,
+}
+
+impl Gaps {
+    /// The receiver has acknowledged everything before `end`.
+    pub(super) fn on_acknowledged(&mut self, now: Timestamp, end: u64) {
+        let (at, before) = self.acknowledged.unwrap_or((now + ACKNOWLEDGED_PATIENCE, end));
+        self.acknowledged = Some((at, before.max(end)));
+    }
+
+    /// There is a FIN.
+    pub(super) fn on_fin(&mut self, now: Timestamp) {
+        self.fin.get_or_insert(now + FIN_PATIENCE);
+    }
+
+    /// Everything before `next` has come.
+    pub(super) fn on_filled(&mut self, next: u64, fin: Option<u64>) {
+        if self.acknowledged.is_some_and(|(_, end)| end <= next) {
+            self.acknowledged = None;
+        }
+        if fin.is_some_and(|fin| fin <= next) {
+            self.fin = None;
+        }
+    }
+
+    /// When the next gap is to be filled in.
+    pub(super) fn due(&self) -> Option<Timestamp> {
+        let acknowledged = self.acknowledged.map(|(at, _)| at);
+        [acknowledged, self.fin].into_iter().flatten().min()
+    }
+
+    /// Up to where to fill at `now`, where `end` is all that was captured.
+    pub(super) fn take_due(&mut self, now: Timestamp, end: u64) -> Option<u64> {
+        if self.fin.take_if(|at| *at <= now).is_some() {
+            self.acknowledged = None;
+            return Some(end);
+        }
+        self.acknowledged.take_if(|(at, _)| *at <= now).map(|(_, end)| end)
+    }
+
+    /// Up to where to fill if nothing more will come.
+    pub(super) fn take_acknowledged(&mut self) -> Option<u64> {
+        self.acknowledged.take().map(|(_, end)| end)
     }
 }
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use tungate_engine::Timestamp;
 use tungate_engine::packet::{TcpFlags, TcpView};
 
-use super::client::{GAP_MAX, GAP_PATIENCE};
+use super::client::GAP_MAX;
 use super::rewrite::Made;
 use super::upstream::{Answer, State};
 use super::{FIRST, SYN_PATIENCE, TcpFlow};
@@ -157,9 +157,20 @@ impl TcpFlow {
             && let Some(server) = self.upstream.origin
         {
             let position = server.position(header.acknowledgment, self.upstream.next.max(SYN));
-            self.on_client_acknowledged(position, header.window);
+            self.on_client_acknowledged(now, position, header.window);
+            for (left, right) in header.options.sack.into_iter().flatten() {
+                let range = server.position(left, position)..server.position(right, position);
+                if range.end <= self.upstream.captured_end() + GAP_MAX {
+                    self.upstream.on_received(range);
+                    self.upstream.writable = true;
+                }
+            }
         }
         if flags.rst() {
+            // What the client has received is not lost with the connection.
+            if let Some(end) = self.upstream.gaps.take_acknowledged() {
+                self.fill_target_gaps(end);
+            }
             return self.client.reset();
         }
         if self.upstream.has_reset {
@@ -172,7 +183,9 @@ impl TcpFlow {
         self.client.on_captured(at, real, header.cut);
         if flags.fin() {
             self.client.fin.get_or_insert(end);
-            self.client.gap_at = self.client.waits_for_bytes().then(|| now + GAP_PATIENCE);
+            if self.client.waits_for_bytes() {
+                self.client.gaps.on_fin(now);
+            }
         }
     }
 
@@ -209,12 +222,14 @@ impl TcpFlow {
     }
 
     /// The captured client has everything of the target's before `position`.
-    fn on_client_acknowledged(&mut self, position: u64, window: u16) {
+    fn on_client_acknowledged(&mut self, now: Timestamp, position: u64, window: u16) {
         if position < SYN || position > self.upstream.captured_end() + GAP_MAX {
             return;
         }
         self.client.on_captured_ack(position, window);
-        self.fill_target_gaps(position);
+        if position > self.upstream.next && self.upstream.fin.is_none_or(|fin| self.upstream.next < fin) {
+            self.upstream.gaps.on_acknowledged(now, position);
+        }
     }
 
     /// Fills what is missing of the client's stream before `end`.
@@ -254,7 +269,8 @@ impl TcpFlow {
                 let at = server.position(header.sequence, upstream.next);
                 let first = self.client.highest.min(upstream.next);
                 let last = self.client.highest_edge.unwrap_or(0).max(upstream.next + 1);
-                if (first..=last).contains(&at) || self.client.highest_edge.is_none() {
+                let is_next = at == upstream.sent;
+                if is_next || (first..=last).contains(&at) || self.client.highest_edge.is_none() {
                     upstream.has_reset = true;
                 } else {
                     self.card.anomalies.add(Anomaly::OutsideWindow);
@@ -315,7 +331,7 @@ impl TcpFlow {
         if self.upstream.has_reset {
             return 0;
         }
-        self.on_target_acknowledged(header);
+        self.on_target_acknowledged(now, header);
         let Some(server) = self.upstream.origin else { return 0 };
         if len == 0 && !header.flags.fin() {
             return 0;
@@ -330,13 +346,17 @@ impl TcpFlow {
         }
         let at = server.position(header.sequence, self.upstream.next) + u64::from(header.flags.syn());
         let end = at + len;
+        if end <= self.upstream.next + GAP_MAX {
+            self.upstream.sent = self.upstream.sent.max(end + u64::from(header.flags.fin()));
+        }
         if len > 0 {
             self.on_target_data(at, end, real);
         }
         if header.flags.fin() && end <= self.upstream.next.saturating_add(GAP_MAX) {
             self.upstream.fin.get_or_insert(end.max(self.upstream.next));
-            let waits = self.upstream.waits_for_bytes();
-            self.upstream.gap_at = waits.then(|| now + GAP_PATIENCE);
+            if self.upstream.waits_for_bytes() {
+                self.upstream.gaps.on_fin(now);
+            }
         }
         self.upstream.writable = true;
         if self.upstream.state == State::Gone {
@@ -359,11 +379,15 @@ impl TcpFlow {
             Some(edge) if self.handshake => edge,
             Some(_) | None => upstream.next + GAP_MAX,
         };
-        if end > window {
-            anomalies.add(Anomaly::OutsideWindow);
-        }
         let limit = upstream.fin.map_or(window, |fin| window.min(fin));
         let kept = limit.saturating_sub(at).min(end - at) as usize;
+        if end > window {
+            anomalies.add(Anomaly::OutsideWindow);
+            let beyond = real.get(kept..).unwrap_or_default();
+            if end <= upstream.next + GAP_MAX && upstream.fin.is_none() {
+                upstream.on_data_beyond(at + kept as u64, beyond);
+            }
+        }
         let real = &real[..real.len().min(kept)];
         let found = upstream.on_data(at, real, kept - real.len());
         for (is_so, anomaly) in [
@@ -378,7 +402,7 @@ impl TcpFlow {
     }
 
     /// What the captured target acknowledges of the client's.
-    fn on_target_acknowledged(&mut self, header: &Captured) {
+    fn on_target_acknowledged(&mut self, now: Timestamp, header: &Captured) {
         let Some(origin) = self.client.origin.filter(|_| header.flags.ack()) else {
             return;
         };
@@ -394,8 +418,9 @@ impl TcpFlow {
         let edge = position + (u64::from(header.window) << shift);
         let known = self.upstream.window_edge.unwrap_or(0);
         self.upstream.window_edge = Some(known.max(edge));
-        if position > self.client.next && !self.client.is_over {
-            self.fill_client_gaps(position);
+        let is_complete = self.client.fin.is_some_and(|fin| self.client.next >= fin);
+        if position > self.client.next && !self.client.is_over && !is_complete {
+            self.client.gaps.on_acknowledged(now, position);
         }
     }
 

@@ -19,16 +19,13 @@ use std::time::Duration;
 use tungate_engine::Timestamp;
 use tungate_engine::packet::TcpFlags;
 
-use super::super::stream::{Delivered, Fillers, Fingerprint, Held, Origin, SYN};
+use super::super::stream::{Delivered, Fillers, Fingerprint, Gaps, Held, Origin, SYN};
 
 /// How long bytes wait for the captured acknowledgment.
 const ACKNOWLEDGE_AFTER: Duration = Duration::from_millis(200);
 
 /// The first retransmission timeout (RFC 6298, section 2.1).
 const RESEND_AFTER: Duration = Duration::from_secs(1);
-
-/// How long a FIN waits for bytes before it.
-pub(super) const GAP_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Most bytes in one segment of the model's own.
 const CHUNK: usize = 16 << 10;
@@ -62,8 +59,7 @@ pub(super) struct Client {
     pub(super) fillers: Fillers,
     /// Where its FIN stands.
     pub(super) fin: Option<u64>,
-    /// When to stop waiting for bytes before the FIN.
-    pub(super) gap_at: Option<Timestamp>,
+    pub(super) gaps: Gaps,
 
     /// SND.UNA.
     pub(super) unacknowledged: u64,
@@ -263,7 +259,6 @@ impl Client {
         let missing = gaps.iter().map(|gap| gap.end - gap.start).sum();
         gaps.into_iter().for_each(|gap| self.keep_fillers(gap));
         self.absorb();
-        self.gap_at = None;
         self.wants.send_from = Some(self.unacknowledged.max(SYN + 1));
         missing
     }
@@ -301,7 +296,7 @@ impl Client {
         loop {
             let piece = self.kept.from(self.next);
             if piece.is_empty() {
-                return;
+                return self.gaps.on_filled(self.next, self.fin);
             }
             let captured = &mut self.captured;
             self.fillers.split(self.next, piece, |part, kind| match kind {
@@ -508,7 +503,7 @@ impl Client {
         self.kept.clear();
         self.resend_at = None;
         self.acknowledge_at = None;
-        self.gap_at = None;
+        self.gaps = Gaps::default();
         self.wants = Wants::default();
     }
 }

@@ -299,11 +299,11 @@ impl Shard {
         if is_due(flow.client.resend_at) {
             flow.client.on_resend_timer(now);
         }
-        if is_due(flow.client.gap_at) {
-            flow.fill_client_gaps(flow.client.captured_end());
+        if let Some(end) = flow.client.gaps.take_due(now, flow.client.captured_end()) {
+            flow.fill_client_gaps(end);
         }
-        if is_due(flow.upstream.gap_at) {
-            flow.fill_target_gaps(flow.upstream.captured_end());
+        if let Some(end) = flow.upstream.gaps.take_due(now, flow.upstream.captured_end()) {
+            flow.fill_target_gaps(end);
         }
         if is_due(flow.upstream.wait_for_syn) {
             let first = flow.upstream.expected;

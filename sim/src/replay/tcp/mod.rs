@@ -99,8 +99,8 @@ impl TcpFlow {
         let timers = [
             self.client.resend_at,
             self.client.acknowledge_at,
-            self.client.gap_at,
-            self.upstream.gap_at,
+            self.client.gaps.due(),
+            self.upstream.gaps.due(),
             self.upstream.wait_for_syn,
         ];
         timers.into_iter().flatten().min()

@@ -4,14 +4,16 @@
 //! connect; data is given to the engine in stream order as soon as it is contiguous, a FIN when everything before it
 //! has been given, a reset at its time behind what was contiguous then. What the engine has no room for waits. A
 //! keep-alive, a retransmission and bytes outside the window that the captured client had opened are no stream data.
-//! Of two bytes for one place the first stays.
+//! (Some receivers take more than they have offered: such bytes count once the client has acknowledged them, if no
+//! others have come for their place.) Of two bytes for one place the first stays.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use tungate_engine::Timestamp;
 use tungate_engine::io::Unreachable;
 
-use super::super::stream::{Delivered, Fillers, Fingerprint, Held, Kind, Origin, SYN};
+use super::super::stream::{Delivered, Fillers, Fingerprint, Gaps, Held, Kind, Origin, SYN};
 
 /// Out-of-order bytes that may wait for a gap to close which nobody acknowledges.
 const WAITING_MAX: usize = 4 << 20;
@@ -34,11 +36,14 @@ pub(super) struct Upstream {
     pub(super) next: u64,
     pub(super) captured: Fingerprint,
     ahead: Held,
+    /// What came from beyond the client's window.
+    beyond: Held,
+    /// One past the last byte or FIN that it has sent, wherever that was: SND.NXT.
+    pub(super) sent: u64,
     pub(super) fillers: Fillers,
     /// Where its FIN stands.
     pub(super) fin: Option<u64>,
-    /// When to stop waiting for bytes before the FIN.
-    pub(super) gap_at: Option<Timestamp>,
+    pub(super) gaps: Gaps,
     /// Contiguous bytes that the engine has not taken yet.
     pub(super) pending: VecDeque<u8>,
     /// It has reset the connection, which the engine learns behind `pending`.
@@ -125,6 +130,7 @@ impl Upstream {
             self.captured.add(fresh);
             self.pending.extend(fresh);
             self.next = end;
+            self.gaps.on_filled(self.next, self.fin);
             return found;
         }
         found.overlap = self.ahead.insert(self.next, fresh);
@@ -133,17 +139,25 @@ impl Upstream {
         found
     }
 
+    /// Takes bytes from beyond the client's window, at `at`.
+    pub(super) fn on_data_beyond(&mut self, at: u64, bytes: &[u8]) {
+        if !bytes.is_empty() && self.beyond.len() < WAITING_MAX {
+            self.beyond.insert(at, bytes);
+        }
+    }
+
     /// Fills all gaps up to `end`. Returns how many bytes were missing.
     pub(super) fn fill_gaps(&mut self, end: u64) -> u64 {
         let end = self.fin.map_or(end, |fin| end.min(fin));
         if end <= self.next {
             return 0;
         }
+        self.take_from_beyond(self.next..end);
+        self.beyond.forget_before(end);
         let gaps = self.ahead.gaps(self.next..end);
         let missing = gaps.iter().map(|gap| gap.end - gap.start).sum();
         gaps.into_iter().for_each(|gap| self.hold_fillers(gap));
         self.advance();
-        self.gap_at = None;
         missing
     }
 
@@ -169,12 +183,35 @@ impl Upstream {
     pub(super) fn end(&mut self) {
         self.state = State::Gone;
         self.ahead.clear();
+        self.beyond.clear();
         self.pending = VecDeque::new();
-        self.gap_at = None;
+        self.gaps = Gaps::default();
         self.wait_for_syn = None;
     }
 
-    fn hold_fillers(&mut self, range: std::ops::Range<u64>) {
+    /// The captured client says that it has got this range.
+    pub(super) fn on_received(&mut self, range: Range<u64>) {
+        let start = range.start.max(self.next);
+        if start < range.end {
+            self.take_from_beyond(start..range.end);
+            self.advance();
+        }
+    }
+
+    /// Takes what is there for gaps in `range`.
+    fn take_from_beyond(&mut self, range: Range<u64>) {
+        if self.beyond.is_empty() {
+            return;
+        }
+        for mut gap in self.ahead.gaps(range) {
+            while let Some((at, bytes)) = self.beyond.first_in(gap.clone()) {
+                self.ahead.insert(at, bytes);
+                gap.start = at + bytes.len() as u64;
+            }
+        }
+    }
+
+    fn hold_fillers(&mut self, range: Range<u64>) {
         if range.is_empty() {
             return;
         }
@@ -201,5 +238,6 @@ impl Upstream {
             self.next += piece.len() as u64;
         }
         self.ahead.forget_before(self.next);
+        self.gaps.on_filled(self.next, self.fin);
     }
 }
