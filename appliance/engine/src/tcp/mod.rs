@@ -484,7 +484,6 @@ impl TcpFlow {
             if stack.send_queue() == 0 {
                 self.outstanding_since = now;
             }
-            stack.close();
         }
     }
 
@@ -719,6 +718,12 @@ impl TcpFlow {
         if !self.established && stack.is_synchronized() {
             self.established = true;
             cx.world.event(&Event::Established { flow: id });
+        }
+        // The stack takes FIN at any time but bears it only at some. In SYN-RECEIVED it forgets that its SYN was never
+        // acknowledged; in LAST-ACK it is deaf to windows that open, so nothing may wait for one there.
+        let has_eof = !matches!(self.upstream, Upstream::Open { eof: false, .. });
+        if has_eof && self.established && (stack.send_queue() == 0 || !stack.has_client_fin()) {
+            stack.close();
         }
         let Upstream::Open { eof, shut } = &mut self.upstream else {
             return;
