@@ -449,10 +449,11 @@ impl TcpFlow {
             .max_segment_size
             .unwrap_or(SEGMENT_SIZE_DEFAULT)
             .max(SEGMENT_SIZE_MIN);
+        let segment_size = client_mss.min(largest);
         let link = Link {
             ingress: self.ingress,
             flow: id,
-            segment_size: client_mss.min(largest),
+            segment_size,
             announced_mss: largest,
             header_len,
             sent: None,
@@ -466,7 +467,12 @@ impl TcpFlow {
             target: self.target,
         };
         let mut stack = Stack::new(sockets, link, &setup, cx.now);
-        let syn = self.syn.packet(self.client, self.target);
+        // The stack knows the device's MTU for 65,535: one fast retransmission would fill whatever the client offers.
+        let syn = Syn {
+            max_segment_size: Some(segment_size),
+            ..self.syn
+        };
+        let syn = syn.packet(self.client, self.target);
         stack.ingress(cx.now, syn.bytes(), cx.world);
         self.phase = Phase::Live(Box::new(stack));
         self.since = cx.now;
