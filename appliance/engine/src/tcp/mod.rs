@@ -332,6 +332,17 @@ impl TcpFlow {
             .wrapping_add(1)
             .wrapping_add((self.consumed + stack.capacity() as u64) as u32);
         let flags = segment.flags;
+        if let Some(sent) = stack.sent()
+            && stack.is_finished()
+            && !flags.syn()
+        {
+            // As in TIME-WAIT: a reset changes nothing any more (RFC 1337), and what is repeated has missed our ACK.
+            if segment.sequence_len() > 0 && !flags.rst() {
+                let ack = (sent, expected, scaled_window(&self.syn, stack));
+                self.send_ack(ack, Some(id), cx);
+            }
+            return None;
+        }
         if flags.rst() {
             if segment.sequence == expected {
                 self.handle_reset(cx);
@@ -399,6 +410,15 @@ impl TcpFlow {
         }
         if stack.receive_queue() != received || stack.has_client_fin() != had_fin {
             self.last_byte = cx.now;
+        }
+        if stack.is_time_wait() {
+            // The stack would send it in its turn, but it gets none any more.
+            let ack = (
+                sent,
+                next_expected(&self.syn, self.consumed, stack),
+                scaled_window(&self.syn, stack),
+            );
+            self.send_ack(ack, Some(id), cx);
         }
         self.tell(id, cx);
         keep.map(|_| DropReason::TcpWindow)
@@ -498,7 +518,7 @@ impl TcpFlow {
         let Phase::Live(stack) = &mut self.phase else {
             return;
         };
-        if silent {
+        if silent || stack.is_finished() {
             return;
         }
         let (now, world) = (cx.now, &mut *cx.world);
