@@ -233,11 +233,13 @@ impl TcpFlow {
         matches!(self.phase, Phase::TimeWait { .. })
     }
 
-    /// Whether this SYN asks for another connection than the one this flow stands for, so that this flow has to go.
+    /// Whether this SYN asks for another connection than the one this flow stands for, so that this flow has to go. Its
+    /// own SYN does not, however late the network repeats it.
     pub(crate) fn is_replaced_by(&self, segment: &TcpView<'_>) -> bool {
         match self.phase {
-            Phase::Connecting => segment.sequence != self.syn.sequence,
-            Phase::TimeWait { .. } | Phase::Reset(_) | Phase::Ended(_) => true,
+            Phase::Connecting | Phase::TimeWait { .. } | Phase::Reset(_) | Phase::Ended(_) => {
+                segment.sequence != self.syn.sequence
+            }
             Phase::Live(_) => false,
         }
     }
