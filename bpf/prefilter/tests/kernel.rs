@@ -14,7 +14,10 @@ use tungate_prefilter::{Backend, Counters, Error, PacketEvent, Prefilter, Sampli
 const NOW: u64 = 5;
 
 fn kernel(sampling: Sampling) -> Option<Prefilter<Kernel>> {
-    match Prefilter::load(Options { sampling, ..Options::default() }) {
+    match Prefilter::load(Options {
+        sampling,
+        ..Options::default()
+    }) {
         Ok(kernel) => Some(kernel),
         Err(Error::Kernel(error @ (KernelError::NotPermitted { .. } | KernelError::TooOld { .. }))) => {
             eprintln!("skipped: {error}");
@@ -25,7 +28,15 @@ fn kernel(sampling: Sampling) -> Option<Prefilter<Kernel>> {
 }
 
 fn apply<B: Backend>(prefilter: &mut Prefilter<B>, lists: &[ListEntry]) {
-    prefilter.apply(&PolicySpec { lists: lists.to_vec(), ..PolicySpec::default() }, NOW).expect("lists fit");
+    prefilter
+        .apply(
+            &PolicySpec {
+                lists: lists.to_vec(),
+                ..PolicySpec::default()
+            },
+            NOW,
+        )
+        .expect("lists fit");
 }
 
 fn events<B: Backend>(prefilter: &mut Prefilter<B>) -> Vec<PacketEvent> {
@@ -38,12 +49,18 @@ fn counters<B: Backend>(prefilter: &mut Prefilter<B>) -> Counters {
 
 /// Frames of lengths the kernel runs a program over.
 fn runnable_frame() -> impl Strategy<Value = Vec<u8>> {
-    frame().prop_filter("the kernel wants a whole Ethernet header", |frame| frame.len() >= 14)
+    frame().prop_filter("the kernel wants a whole Ethernet header", |frame| {
+        frame.len() >= 14
+    })
 }
 
 fn config() -> ProptestConfig {
     let regressions = FileFailurePersistence::WithSource("regressions");
-    ProptestConfig { cases: 50, failure_persistence: Some(Box::new(regressions)), ..ProptestConfig::default() }
+    ProptestConfig {
+        cases: 50,
+        failure_persistence: Some(Box::new(regressions)),
+        ..ProptestConfig::default()
+    }
 }
 
 proptest! {

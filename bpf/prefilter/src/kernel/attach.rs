@@ -74,9 +74,15 @@ pub(super) fn attach(
     wanted: Wanted,
 ) -> Result<(Attached, FdLink), KernelError> {
     if interface.contains('\0') {
-        return Err(KernelError::NoInterface { interface: interface.to_owned() });
+        return Err(KernelError::NoInterface {
+            interface: interface.to_owned(),
+        });
     }
-    let attached = |mode, why| Attached { interface: interface.to_owned(), mode, why };
+    let attached = |mode, why| Attached {
+        interface: interface.to_owned(),
+        mode,
+        why,
+    };
     let refused = match wanted {
         Wanted::Best | Wanted::Native => match try_mode(program, interface, XdpMode::Driver) {
             Ok(link) => return Ok((attached(Mode::Native, None), link)),
@@ -86,7 +92,10 @@ pub(super) fn attach(
     };
     if wanted == Wanted::Native {
         let reasons = format!("native: {}", refused.unwrap_or_default());
-        return Err(KernelError::Attach { interface: interface.to_owned(), reasons });
+        return Err(KernelError::Attach {
+            interface: interface.to_owned(),
+            reasons,
+        });
     }
     match try_mode(program, interface, XdpMode::Skb) {
         Ok(link) => Ok((attached(Mode::Generic, refused), link)),
@@ -94,7 +103,10 @@ pub(super) fn attach(
             let generic = classify(interface, error)?;
             let native = refused.map(|why| format!("native: {why}; ")).unwrap_or_default();
             let reasons = format!("{native}generic: {generic}");
-            Err(KernelError::Attach { interface: interface.to_owned(), reasons })
+            Err(KernelError::Attach {
+                interface: interface.to_owned(),
+                reasons,
+            })
         }
     }
 }
@@ -115,10 +127,12 @@ fn classify(interface: &str, error: ProgramError) -> Result<io::Error, KernelErr
         other => io::Error::other(other),
     };
     match error.raw_os_error() {
-        Some(libc::EBUSY | libc::EEXIST) => Err(KernelError::Busy { interface: interface.to_owned() }),
-        Some(libc::EPERM | libc::EACCES) => {
-            Err(KernelError::NotPermitted { action: format!("cannot attach to {interface}") })
-        }
+        Some(libc::EBUSY | libc::EEXIST) => Err(KernelError::Busy {
+            interface: interface.to_owned(),
+        }),
+        Some(libc::EPERM | libc::EACCES) => Err(KernelError::NotPermitted {
+            action: format!("cannot attach to {interface}"),
+        }),
         _ => Ok(error),
     }
 }
@@ -135,9 +149,13 @@ fn explain(interface: &str, error: &io::Error) -> String {
     match error.raw_os_error() {
         Some(libc::EOPNOTSUPP) => format!("{driver} has no native XDP"),
         Some(libc::ERANGE | libc::EMSGSIZE | libc::E2BIG) => {
-            format!("the MTU is too large for native XDP (it is {mtu}; of a veth, the peer's counts, up to about 3,500)")
+            format!(
+                "the MTU is too large for native XDP (it is {mtu}; of a veth, the peer's counts, up to about 3,500)"
+            )
         }
-        Some(libc::ENOMEM | libc::ENOSPC) => format!("{driver} has no queues or memory to spare for native XDP"),
+        Some(libc::ENOMEM | libc::ENOSPC) => {
+            format!("{driver} has no queues or memory to spare for native XDP")
+        }
         _ => format!("{driver} refuses native XDP: {error} (MTU {mtu})"),
     }
 }
@@ -150,10 +168,13 @@ pub(super) fn pin(link: FdLink, attached: &Attached, folder: &Path) -> Result<Pi
     let action = || format!("cannot pin {}", path.display());
     // What is there was left by a loader that is gone: this interface's link is the one at hand.
     match fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(KernelError::new(action(), error)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(KernelError::new(action(), error));
+        }
         Ok(()) | Err(_) => {}
     }
-    link.pin(&path).map_err(|error| KernelError::new(action(), io::Error::other(error)))
+    link.pin(&path)
+        .map_err(|error| KernelError::new(action(), io::Error::other(error)))
 }
 
 /// Finds the link that an earlier loader pinned for `interface`, and hands it to `program` without a gap. `None`
@@ -178,15 +199,25 @@ pub(super) fn take_over(
         match program.attach_to_link(link) {
             // The new owner's descriptor is let go of: the file keeps the link.
             Ok(id) => drop(program.take_link(id)),
-            Err(ProgramError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOLINK) => {
+            Err(ProgramError::SyscallError(error))
+                if error.io_error.raw_os_error() == Some(libc::ENOLINK) =>
+            {
                 fs::remove_file(&path).map_err(|error| KernelError::new(action(), error))?;
                 return Ok(None);
             }
             Err(error) => return Err(KernelError::program(&action(), error)),
         }
         let pinned = PinnedLink::from_pin(&path).map_err(|error| failed(error.to_string()))?;
-        let why = Some("it was so when the program was attached".to_owned()).filter(|_| mode == Mode::Generic);
-        return Ok(Some((Attached { interface: interface.to_owned(), mode, why }, pinned)));
+        let why =
+            Some("it was so when the program was attached".to_owned()).filter(|_| mode == Mode::Generic);
+        return Ok(Some((
+            Attached {
+                interface: interface.to_owned(),
+                mode,
+                why,
+            },
+            pinned,
+        )));
     }
     Ok(None)
 }
@@ -208,7 +239,12 @@ pub fn pinned(folder: &Path) -> Result<Vec<String>, KernelError> {
         let name = entry.map_err(failed)?.file_name();
         let Some(name) = name.to_str() else { continue };
         let prefixes = [Mode::Native, Mode::Generic].map(|mode| pin_name(mode, ""));
-        interfaces.extend(prefixes.iter().find_map(|prefix| name.strip_prefix(prefix.as_str())).map(str::to_owned));
+        interfaces.extend(
+            prefixes
+                .iter()
+                .find_map(|prefix| name.strip_prefix(prefix.as_str()))
+                .map(str::to_owned),
+        );
     }
     interfaces.sort_unstable();
     Ok(interfaces)
@@ -227,7 +263,12 @@ pub fn remove_pinned(folder: &Path, interface: &str) -> Result<bool, KernelError
         match fs::remove_file(&path) {
             Ok(()) => was_there = true,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(KernelError::new(format!("cannot remove {}", path.display()), error)),
+            Err(error) => {
+                return Err(KernelError::new(
+                    format!("cannot remove {}", path.display()),
+                    error,
+                ));
+            }
         }
     }
     Ok(was_there)
@@ -243,7 +284,10 @@ fn pin_name(mode: Mode, interface: &str) -> String {
 
 fn mount_bpf_fs(folder: &Path) -> Result<(), KernelError> {
     const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
-    let failed = |error| KernelError::NoBpfFs { path: folder.to_owned(), error };
+    let failed = |error| KernelError::NoBpfFs {
+        path: folder.to_owned(),
+        error,
+    };
     fs::create_dir_all(folder).map_err(failed)?;
     let status = statfs(folder).map_err(|error| failed(error.into()))?;
     if status.f_type as u32 == BPF_FS_MAGIC {

@@ -36,7 +36,9 @@ pub enum KernelError {
         release: String,
     },
     /// The verifier rejected the program.
-    #[error("the kernel's verifier rejects the XDP program: {error}\n{log}\nhint: this is Linux {release}; please report it")]
+    #[error(
+        "the kernel's verifier rejects the XDP program: {error}\n{log}\nhint: this is Linux {release}; please report it"
+    )]
     Rejected {
         /// What the kernel said.
         error: io::Error,
@@ -46,7 +48,9 @@ pub enum KernelError {
         release: String,
     },
     /// There is no such interface.
-    #[error("there is no network interface {interface:?}\nhint: `ip link` lists those of this network namespace")]
+    #[error(
+        "there is no network interface {interface:?}\nhint: `ip link` lists those of this network namespace"
+    )]
     NoInterface {
         /// Name asked for.
         interface: String,
@@ -121,7 +125,11 @@ impl KernelError {
         let action = action.into();
         match error.raw_os_error() {
             Some(libc::EPERM | libc::EACCES) => Self::NotPermitted { action },
-            Some(libc::ENOSYS) => Self::TooOld { action, error, release: release() },
+            Some(libc::ENOSYS) => Self::TooOld {
+                action,
+                error,
+                release: release(),
+            },
             _ => Self::Io { action, error },
         }
     }
@@ -133,13 +141,20 @@ impl KernelError {
             EbpfError::MapError(MapError::CreateError { name, io_error }) => {
                 let action = format!("cannot create the map {name}");
                 match io_error.raw_os_error() {
-                    Some(libc::EINVAL) => Self::TooOld { action, error: io_error, release: release() },
+                    Some(libc::EINVAL) => Self::TooOld {
+                        action,
+                        error: io_error,
+                        release: release(),
+                    },
                     _ => Self::new(action, io_error),
                 }
             }
             EbpfError::MapError(error) => Self::map(ACTION, error),
             EbpfError::ProgramError(error) => Self::program(ACTION, error),
-            other => Self::Io { action: ACTION.to_owned(), error: io::Error::other(other) },
+            other => Self::Io {
+                action: ACTION.to_owned(),
+                error: io::Error::other(other),
+            },
         }
     }
 
@@ -147,15 +162,23 @@ impl KernelError {
     pub(super) fn map(action: &str, error: MapError) -> Self {
         match error {
             MapError::SyscallError(error) => Self::new(action, error.io_error),
-            MapError::CreateError { io_error, .. } | MapError::IoError(io_error) => Self::new(action, io_error),
-            other => Self::Io { action: action.to_owned(), error: io::Error::other(other) },
+            MapError::CreateError { io_error, .. } | MapError::IoError(io_error) => {
+                Self::new(action, io_error)
+            }
+            other => Self::Io {
+                action: action.to_owned(),
+                error: io::Error::other(other),
+            },
         }
     }
 
     /// Classifies what aya says about the program.
     pub(super) fn program(action: &str, error: ProgramError) -> Self {
         match error {
-            ProgramError::LoadError { io_error, verifier_log } => match io_error.raw_os_error() {
+            ProgramError::LoadError {
+                io_error,
+                verifier_log,
+            } => match io_error.raw_os_error() {
                 Some(libc::EPERM) if verifier_log.to_string().is_empty() => Self::new(action, io_error),
                 _ => Self::Rejected {
                     error: io_error,
@@ -165,7 +188,10 @@ impl KernelError {
             },
             ProgramError::SyscallError(error) => Self::new(action, error.io_error),
             ProgramError::IOError(error) => Self::new(action, error),
-            other => Self::Io { action: action.to_owned(), error: io::Error::other(other) },
+            other => Self::Io {
+                action: action.to_owned(),
+                error: io::Error::other(other),
+            },
         }
     }
 }

@@ -52,7 +52,10 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { sampling: Sampling::default(), counted_rules: 1 << 16 }
+        Self {
+            sampling: Sampling::default(),
+            counted_rules: 1 << 16,
+        }
     }
 }
 
@@ -84,7 +87,10 @@ enum Link {
 impl fmt::Debug for Kernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { options, link, .. } = self;
-        f.debug_struct("Kernel").field("options", options).field("link", link).finish_non_exhaustive()
+        f.debug_struct("Kernel")
+            .field("options", options)
+            .field("link", link)
+            .finish_non_exhaustive()
     }
 }
 
@@ -149,10 +155,16 @@ impl Kernel {
             .load(OBJECT)
             .map_err(KernelError::loading)?;
         let program = program(&mut ebpf);
-        program.load().map_err(|error| KernelError::program("cannot load the XDP program", error))?;
+        program
+            .load()
+            .map_err(|error| KernelError::program("cannot load the XDP program", error))?;
         let maps = Maps::take(&mut ebpf)?;
         let empty = || -> Result<_, KernelError> {
-            Ok([Inner::empty(Part::Groups4)?, Inner::empty(Part::Groups6)?, Inner::empty(Part::Cells)?])
+            Ok([
+                Inner::empty(Part::Groups4)?,
+                Inner::empty(Part::Groups6)?,
+                Inner::empty(Part::Cells)?,
+            ])
         };
         let slots = [empty()?, empty()?];
         let mut kernel = Self {
@@ -194,7 +206,9 @@ impl Kernel {
     /// [`KernelError`] where the kernel will not.
     pub fn take_over(&mut self, interface: &str, folder: &Path) -> Result<Option<&Attached>, KernelError> {
         let found = attach::take_over(program(&mut self.ebpf), interface, folder)?;
-        let Some((attached, link)) = found else { return Ok(None) };
+        let Some((attached, link)) = found else {
+            return Ok(None);
+        };
         Ok(Some(&self.link.insert((attached, Link::Pinned(link))).0))
     }
 
@@ -223,7 +237,9 @@ impl Kernel {
     pub fn unpin(&mut self) -> Result<(), KernelError> {
         self.link = match self.link.take() {
             Some((attached, Link::Pinned(link))) => {
-                let link = link.unpin().map_err(|error| KernelError::new("cannot unpin the program", error))?;
+                let link = link
+                    .unpin()
+                    .map_err(|error| KernelError::new("cannot unpin the program", error))?;
                 Some((attached, Link::Held(link)))
             }
             other => other,
@@ -254,8 +270,12 @@ impl Kernel {
 
     fn settings(&mut self, slot: u32, settings: &Settings) -> Result<(), KernelError> {
         let (rules_base, rules_counted) = self.counters(slot);
-        let settings =
-            Settings { sample: self.options.sampling.masks(), rules_base, rules_counted, ..*settings };
+        let settings = Settings {
+            sample: self.options.sampling.masks(),
+            rules_base,
+            rules_counted,
+            ..*settings
+        };
         let map = self.maps.settings.fd().as_fd();
         sys::update(map, &slot.to_le_bytes(), &settings.to_bytes()).map_err(failed("cannot write settings"))
     }
@@ -313,7 +333,13 @@ impl Kernel {
     }
 
     /// Inserts, replaces or removes a group of the slot in use.
-    fn write_group(&mut self, slot: u32, part: Part, key: &[u8], group: Option<Group>) -> Result<(), KernelError> {
+    fn write_group(
+        &mut self,
+        slot: u32,
+        part: Part,
+        key: &[u8],
+        group: Option<Group>,
+    ) -> Result<(), KernelError> {
         if self.is_dirty && group.is_some() {
             self.wait()?;
         }
@@ -341,10 +367,20 @@ impl Kernel {
 
 impl Backend for Kernel {
     fn fill(&mut self, slot: u32, image: &Image) -> Result<(), Error> {
-        let Image { groups4, groups6, cells, settings, room } = image;
-        let groups4 = groups4.iter().map(|(key, group)| (key.to_bytes(), group.to_bytes()));
+        let Image {
+            groups4,
+            groups6,
+            cells,
+            settings,
+            room,
+        } = image;
+        let groups4 = groups4
+            .iter()
+            .map(|(key, group)| (key.to_bytes(), group.to_bytes()));
         self.load(slot, Part::Groups4, room.groups4, groups4)?;
-        let groups6 = groups6.iter().map(|(key, group)| (key.to_bytes(), group.to_bytes()));
+        let groups6 = groups6
+            .iter()
+            .map(|(key, group)| (key.to_bytes(), group.to_bytes()));
         self.load(slot, Part::Groups6, room.groups6, groups6)?;
         // The first cell stands for none, and is zero as it is.
         let cells = cells.iter().enumerate().skip(1);
@@ -379,13 +415,21 @@ impl Backend for Kernel {
 
     fn patch(&mut self, slot: u32, patch: &Patch) -> Result<(), Error> {
         if !patch.cells.is_empty() {
-            let keys = (patch.first_cell..).take(patch.cells.len()).flat_map(u32::to_le_bytes);
+            let keys = (patch.first_cell..)
+                .take(patch.cells.len())
+                .flat_map(u32::to_le_bytes);
             let values = patch.cells.iter().flat_map(|cell| cell.to_bytes());
             let (keys, values): (Vec<u8>, Vec<u8>) = (keys.collect(), values.collect());
             let [.., cells] = &mut self.slots[slot as usize];
             cells.is_empty = false;
-            sys::update_batch(cells.map.fd().as_fd(), &keys, size_of::<u32>(), &values, size_of::<Cell>())
-                .map_err(failed("cannot write port tables"))?;
+            sys::update_batch(
+                cells.map.fd().as_fd(),
+                &keys,
+                size_of::<u32>(),
+                &values,
+                size_of::<Cell>(),
+            )
+            .map_err(failed("cannot write port tables"))?;
         }
         for &(key, group) in &patch.groups4 {
             self.write_group(slot, Part::Groups4, &key.to_bytes(), group)?;
@@ -412,7 +456,8 @@ impl Backend for Kernel {
     fn reason_counts(&mut self) -> Result<[Count; REASONS], Error> {
         let value_size = per_cpu_count_size()?;
         let map = self.maps.reasons.fd().as_fd();
-        let values = sys::lookup_array(map, 0, REASONS as u32, value_size).map_err(failed("cannot read counters"))?;
+        let values =
+            sys::lookup_array(map, 0, REASONS as u32, value_size).map_err(failed("cannot read counters"))?;
         let mut counts = [Count::default(); REASONS];
         for (count, values) in counts.iter_mut().zip(values.chunks_exact(value_size)) {
             *count = sum(values);
@@ -424,7 +469,8 @@ impl Backend for Kernel {
         let (first, count) = self.counters(slot);
         let value_size = per_cpu_count_size()?;
         let map = self.maps.rules.fd().as_fd();
-        let values = sys::lookup_array(map, first, count, value_size).map_err(failed("cannot read counters"))?;
+        let values =
+            sys::lookup_array(map, first, count, value_size).map_err(failed("cannot read counters"))?;
         let counts = (0..).zip(values.chunks_exact(value_size).map(sum));
         Ok(counts.filter(|&(_, count)| count != Count::default()).collect())
     }
@@ -434,8 +480,11 @@ impl Backend for Kernel {
     }
 
     fn run(&mut self, frame: &[u8]) -> Result<Outcome, Error> {
-        let wrong_length =
-            KernelError::FrameLength { length: frame.len(), least: FRAME_MIN, most: FRAME_MAX };
+        let wrong_length = KernelError::FrameLength {
+            length: frame.len(),
+            least: FRAME_MIN,
+            most: FRAME_MAX,
+        };
         if frame.len() < FRAME_MIN {
             return Err(wrong_length.into());
         }
@@ -443,19 +492,38 @@ impl Backend for Kernel {
         while let Some(event) = self.next_in_ring() {
             self.events.push_back(event);
         }
-        let options = TestRunOptions { data_in: Some(frame), repeat: 1, ..TestRunOptions::default() };
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            repeat: 1,
+            ..TestRunOptions::default()
+        };
         let result = program(&mut self.ebpf).test_run(options);
-        let result = result.map_err(|error| match KernelError::program("cannot run the XDP program", error) {
-            KernelError::Io { error, .. } if error.raw_os_error() == Some(libc::EINVAL) => wrong_length,
-            other => other,
-        })?;
+        let result =
+            result.map_err(
+                |error| match KernelError::program("cannot run the XDP program", error) {
+                    KernelError::Io { error, .. } if error.raw_os_error() == Some(libc::EINVAL) => {
+                        wrong_length
+                    }
+                    other => other,
+                },
+            )?;
         let event = self.next_in_ring().ok_or(KernelError::NotSampled)?;
         if self.events.len() < RING_EVENTS {
             self.events.push_back(event);
         }
-        let action = if result.return_value == XDP_DROP { Action::Drop } else { Action::Pass };
+        let action = if result.return_value == XDP_DROP {
+            Action::Drop
+        } else {
+            Action::Pass
+        };
         let reason = Reason::from_number(event.reason).unwrap_or(Reason::NotUnderstood);
-        Ok(Outcome { action, reason, rule: Some(event.ruling).filter(|ruling| ruling.is_some()).map(|ruling| ruling.rule()) })
+        Ok(Outcome {
+            action,
+            reason,
+            rule: Some(event.ruling)
+                .filter(|ruling| ruling.is_some())
+                .map(|ruling| ruling.rule()),
+        })
     }
 }
 
@@ -466,7 +534,10 @@ const RING_EVENTS: usize = (tungate_bpf_abi::EVENTS_BYTES - 1) / (8 + size_of::<
 
 impl Maps {
     fn take(ebpf: &mut Ebpf) -> Result<Self, KernelError> {
-        let mut take = |name: &str| ebpf.take_map(name).expect("the object's maps are checked by a test");
+        let mut take = |name: &str| {
+            ebpf.take_map(name)
+                .expect("the object's maps are checked by a test")
+        };
         let plain = |map: Map| match map {
             Map::Array(map) | Map::HashMap(map) | Map::PerCpuArray(map) => map,
             other => unreachable!("the object's maps are checked by a test, and {other:?} is not among them"),
@@ -502,7 +573,12 @@ impl Part {
 impl Inner {
     /// A map with as much room as empty lists ask for.
     fn empty(part: Part) -> Result<Self, KernelError> {
-        let Room { groups4, groups6, cells, .. } = Room::EMPTY;
+        let Room {
+            groups4,
+            groups6,
+            cells,
+            ..
+        } = Room::EMPTY;
         match part {
             Part::Groups4 => Self::new(part, groups4),
             Part::Groups6 => Self::new(part, groups6),
@@ -515,7 +591,12 @@ impl Inner {
         let (kind, key, value, flags) = match part {
             Part::Groups4 => (BPF_MAP_TYPE_HASH, size_of::<Key4>(), size_of::<Group>(), 0),
             Part::Groups6 => (BPF_MAP_TYPE_HASH, size_of::<Key6>(), size_of::<Group>(), 0),
-            Part::Cells => (BPF_MAP_TYPE_ARRAY, size_of::<u32>(), size_of::<Cell>(), BPF_F_INNER_MAP),
+            Part::Cells => (
+                BPF_MAP_TYPE_ARRAY,
+                size_of::<u32>(),
+                size_of::<Cell>(),
+                BPF_F_INNER_MAP,
+            ),
         };
         let what = part.what();
         let definition = aya_obj::Map::new_from_params(kind as u32, key as u32, value as u32, room, flags);
@@ -527,12 +608,19 @@ impl Inner {
                 other => other,
             }
         })?;
-        Ok(Self { map, part, room, is_empty: true })
+        Ok(Self {
+            map,
+            part,
+            room,
+            is_empty: true,
+        })
     }
 }
 
 fn program(ebpf: &mut Ebpf) -> &mut Xdp {
-    let program = ebpf.program_mut(PROGRAM).expect("the object's program is checked by a test");
+    let program = ebpf
+        .program_mut(PROGRAM)
+        .expect("the object's program is checked by a test");
     program.try_into().expect("it is in the section `xdp`")
 }
 
@@ -546,7 +634,11 @@ fn per_cpu_count_size() -> Result<usize, KernelError> {
 }
 
 fn sum(values: &[u8]) -> Count {
-    let counts = values.as_chunks::<{ size_of::<Count>() }>().0.iter().map(Count::from_bytes);
+    let counts = values
+        .as_chunks::<{ size_of::<Count>() }>()
+        .0
+        .iter()
+        .map(Count::from_bytes);
     counts.fold(Count::default(), |sum, count| Count {
         packets: sum.packets + count.packets,
         bytes: sum.bytes + count.bytes,
@@ -556,5 +648,11 @@ fn sum(values: &[u8]) -> Count {
 /// Before 5.11 maps counted as locked memory, of which the default limit is too small for any list. Where it may
 /// not be raised, creating a map says so.
 fn lift_memory_lock() {
-    let _ = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None });
+    let _ = setrlimit(
+        Resource::Memlock,
+        Rlimit {
+            current: None,
+            maximum: None,
+        },
+    );
 }

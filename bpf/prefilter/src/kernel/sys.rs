@@ -37,8 +37,15 @@ pub(super) fn update_batch(
     values: &[u8],
     value_size: usize,
 ) -> io::Result<()> {
-    assert_eq!(keys.len() / key_size, values.len() / value_size, "every key has a value");
-    for (keys, values) in keys.chunks(BATCH * key_size).zip(values.chunks(BATCH * value_size)) {
+    assert_eq!(
+        keys.len() / key_size,
+        values.len() / value_size,
+        "every key has a value"
+    );
+    for (keys, values) in keys
+        .chunks(BATCH * key_size)
+        .zip(values.chunks(BATCH * value_size))
+    {
         let mut attr = zeroed();
         attr.batch.keys = keys.as_ptr() as u64;
         attr.batch.values = values.as_ptr() as u64;
@@ -121,5 +128,9 @@ fn zeroed() -> bpf_attr {
 unsafe fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<()> {
     // SAFETY: `attr` is a whole attribute; what it points to is the caller's promise.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command as libc::c_int, attr, size_of::<bpf_attr>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }

@@ -62,7 +62,12 @@ pub struct Room {
 impl Room {
     /// What empty lists ask for.
     pub const EMPTY: Self = match (Self::with_slack(0), Self::with_slack(1)) {
-        (Some(none), Some(one)) => Self { groups4: none, groups6: none, cells: one, rules: none },
+        (Some(none), Some(one)) => Self {
+            groups4: none,
+            groups6: none,
+            cells: one,
+            rules: none,
+        },
         _ => panic!("small numbers have room"),
     };
 
