@@ -4,3 +4,4 @@ pub mod client;
 pub mod packet;
 pub mod recorder;
 pub mod rig;
+pub mod world;

@@ -11,7 +11,7 @@ use tungate_engine::{
     Config, Deadline, Engine, Event, FlowId, IngressId, Input, Judgement, PacketIn, Policy, Timestamp,
 };
 
-use crate::client::{Pattern, Shape, TcpClient};
+use crate::client::{Manner, Pattern, Shape, TcpClient};
 use crate::packet::{Message, Options, Reader};
 use crate::recorder::{Command, Output, Recorder};
 
@@ -214,6 +214,7 @@ pub const SHAPE: Shape = Shape {
     },
     buffer: 1 << 20,
     largest: 1460,
+    manner: Manner::Linux,
 };
 
 /// A packet as a plain device gives it.

@@ -26,4 +26,8 @@ pub enum Error {
     /// The program did what the kernel's verifier would not have let it do.
     #[error("the pre-filter's program failed: {0}")]
     Fault(#[from] Fault),
+    /// The kernel would not.
+    #[cfg(feature = "kernel")]
+    #[error(transparent)]
+    Kernel(#[from] crate::kernel::KernelError),
 }

@@ -9,6 +9,8 @@
 
 mod backend;
 mod error;
+#[cfg(feature = "kernel")]
+pub mod kernel;
 mod object;
 mod prefilter;
 mod tables;

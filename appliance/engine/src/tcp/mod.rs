@@ -233,11 +233,13 @@ impl TcpFlow {
         matches!(self.phase, Phase::TimeWait { .. })
     }
 
-    /// Whether this SYN asks for another connection than the one this flow stands for, so that this flow has to go.
+    /// Whether this SYN asks for another connection than the one this flow stands for, so that this flow has to go. Its
+    /// own SYN does not, however late the network repeats it.
     pub(crate) fn is_replaced_by(&self, segment: &TcpView<'_>) -> bool {
         match self.phase {
-            Phase::Connecting => segment.sequence != self.syn.sequence,
-            Phase::TimeWait { .. } | Phase::Reset(_) | Phase::Ended(_) => true,
+            Phase::Connecting | Phase::TimeWait { .. } | Phase::Reset(_) | Phase::Ended(_) => {
+                segment.sequence != self.syn.sequence
+            }
             Phase::Live(_) => false,
         }
     }
@@ -332,6 +334,17 @@ impl TcpFlow {
             .wrapping_add(1)
             .wrapping_add((self.consumed + stack.capacity() as u64) as u32);
         let flags = segment.flags;
+        if let Some(sent) = stack.sent()
+            && stack.is_finished()
+            && !flags.syn()
+        {
+            // As in TIME-WAIT: a reset changes nothing any more (RFC 1337), and what is repeated has missed our ACK.
+            if segment.sequence_len() > 0 && !flags.rst() {
+                let ack = (sent, expected, scaled_window(&self.syn, stack));
+                self.send_ack(ack, Some(id), cx);
+            }
+            return None;
+        }
         if flags.rst() {
             if segment.sequence == expected {
                 self.handle_reset(cx);
@@ -400,6 +413,15 @@ impl TcpFlow {
         if stack.receive_queue() != received || stack.has_client_fin() != had_fin {
             self.last_byte = cx.now;
         }
+        if stack.is_time_wait() {
+            // The stack would send it in its turn, but it gets none any more.
+            let ack = (
+                sent,
+                next_expected(&self.syn, self.consumed, stack),
+                scaled_window(&self.syn, stack),
+            );
+            self.send_ack(ack, Some(id), cx);
+        }
         self.tell(id, cx);
         keep.map(|_| DropReason::TcpWindow)
     }
@@ -449,10 +471,11 @@ impl TcpFlow {
             .max_segment_size
             .unwrap_or(SEGMENT_SIZE_DEFAULT)
             .max(SEGMENT_SIZE_MIN);
+        let segment_size = client_mss.min(largest);
         let link = Link {
             ingress: self.ingress,
             flow: id,
-            segment_size: client_mss.min(largest),
+            segment_size,
             announced_mss: largest,
             header_len,
             sent: None,
@@ -466,7 +489,12 @@ impl TcpFlow {
             target: self.target,
         };
         let mut stack = Stack::new(sockets, link, &setup, cx.now);
-        let syn = self.syn.packet(self.client, self.target);
+        // The stack knows the device's MTU for 65,535: one fast retransmission would fill whatever the client offers.
+        let syn = Syn {
+            max_segment_size: Some(segment_size),
+            ..self.syn
+        };
+        let syn = syn.packet(self.client, self.target);
         stack.ingress(cx.now, syn.bytes(), cx.world);
         self.phase = Phase::Live(Box::new(stack));
         self.since = cx.now;
@@ -484,7 +512,6 @@ impl TcpFlow {
             if stack.send_queue() == 0 {
                 self.outstanding_since = now;
             }
-            stack.close();
         }
     }
 
@@ -493,7 +520,7 @@ impl TcpFlow {
         let Phase::Live(stack) = &mut self.phase else {
             return;
         };
-        if silent {
+        if silent || stack.is_finished() {
             return;
         }
         let (now, world) = (cx.now, &mut *cx.world);
@@ -719,6 +746,12 @@ impl TcpFlow {
         if !self.established && stack.is_synchronized() {
             self.established = true;
             cx.world.event(&Event::Established { flow: id });
+        }
+        // The stack takes FIN at any time but bears it only at some. In SYN-RECEIVED it forgets that its SYN was never
+        // acknowledged; in LAST-ACK it is deaf to windows that open, so nothing may wait for one there.
+        let has_eof = !matches!(self.upstream, Upstream::Open { eof: false, .. });
+        if has_eof && self.established && (stack.send_queue() == 0 || !stack.has_client_fin()) {
+            stack.close();
         }
         let Upstream::Open { eof, shut } = &mut self.upstream else {
             return;

@@ -52,6 +52,7 @@ pub(super) struct Stack {
     interface: Interface,
     sockets: Sockets,
     link: Link,
+    client_fin: bool,
 }
 
 /// How a flow's turn to send went.
@@ -97,6 +98,7 @@ impl Stack {
             interface,
             sockets,
             link,
+            client_fin: false,
         }
     }
 
@@ -110,6 +112,17 @@ impl Stack {
         };
         self.interface
             .poll_ingress_single(instant(now), &mut port, self.sockets.set());
+        // Kept, since the state forgets it when the connection is over.
+        self.client_fin |= match self.sockets.socket().state() {
+            State::CloseWait | State::Closing | State::LastAck | State::TimeWait => true,
+            State::Closed
+            | State::Listen
+            | State::SynSent
+            | State::SynReceived
+            | State::Established
+            | State::FinWait1
+            | State::FinWait2 => false,
+        };
     }
 
     /// Lets it send one packet, if it has one and the device has room or `forced`. Returns whether it sent.
@@ -127,6 +140,9 @@ impl Stack {
 
     /// Lets it send up to `most` packets, as long as the device has room.
     pub(super) fn send(&mut self, now: Timestamp, most: usize, world: &mut dyn World) -> Sending {
+        if self.is_finished() {
+            return Sending::Done { due: None };
+        }
         for _ in 0..most {
             let sent = self.egress(now, false, world);
             // The most frequent case by far: an ACK has left, or there was none to send.
@@ -249,19 +265,11 @@ impl Stack {
 
     /// Whether the client's FIN has arrived, after all its bytes.
     pub(super) fn has_client_fin(&self) -> bool {
-        match self.sockets.socket().state() {
-            State::CloseWait | State::Closing | State::LastAck | State::TimeWait => true,
-            State::Closed
-            | State::Listen
-            | State::SynSent
-            | State::SynReceived
-            | State::Established
-            | State::FinWait1
-            | State::FinWait2 => false,
-        }
+        self.client_fin
     }
 
-    /// Whether both sides have closed and each has acknowledged the other's FIN.
+    /// Whether both sides have closed and each has acknowledged the other's FIN. Then nothing is left but bytes to read,
+    /// and segments and time are to be kept from it: it would answer by RST, or throw the bytes away after TIME-WAIT.
     pub(super) fn is_finished(&self) -> bool {
         matches!(self.sockets.socket().state(), State::TimeWait | State::Closed)
     }

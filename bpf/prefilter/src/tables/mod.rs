@@ -59,6 +59,25 @@ pub struct Room {
     pub rules: u32,
 }
 
+impl Room {
+    /// What empty lists ask for.
+    pub const EMPTY: Self = match (Self::with_slack(0), Self::with_slack(1)) {
+        (Some(none), Some(one)) => Self {
+            groups4: none,
+            groups6: none,
+            cells: one,
+            rules: none,
+        },
+        _ => panic!("small numbers have room"),
+    };
+
+    /// Room for `used` elements and for some to be added; `None` for more than the kernel takes.
+    const fn with_slack(used: usize) -> Option<u32> {
+        let room = used + used / 8 + 1024;
+        if room < 1 << 30 { Some(room as u32) } else { None }
+    }
+}
+
 /// A change to a slot in use. Applied in the order of the fields, each group at once.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Patch {
@@ -212,18 +231,12 @@ impl Tables {
         }
         let cells = cells.cells;
         let entries = self.entries.len();
-        let with_slack = |used: usize| {
-            let room = used + used / 8 + 1024;
-            u32::try_from(room)
-                .ok()
-                .filter(|&room| room < 1 << 30)
-                .ok_or(Error::TooManyEntries { entries })
-        };
+        let room = |used: usize| Room::with_slack(used).ok_or(Error::TooManyEntries { entries });
         self.room = Room {
-            groups4: with_slack(groups4.len())?,
-            groups6: with_slack(groups6.len())?,
-            cells: with_slack(cells.len())?,
-            rules: with_slack(entries)?,
+            groups4: room(groups4.len())?,
+            groups6: room(groups6.len())?,
+            cells: room(cells.len())?,
+            rules: room(entries)?,
         };
         self.cells_used = cells.len() as u32;
         Ok(Image {

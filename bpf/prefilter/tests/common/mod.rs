@@ -5,3 +5,5 @@
 
 pub(crate) mod frames;
 pub(crate) mod model;
+#[cfg(feature = "kernel")]
+pub(crate) mod wire;

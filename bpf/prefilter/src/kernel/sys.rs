@@ -1,0 +1,136 @@
+//! The calls of bpf(2) on maps that aya has no typed interface for: whole batches, and values of inner maps.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::OnceLock;
+
+use aya_obj::generated::{bpf_attr, bpf_cmd};
+
+/// Most elements handed over in one call, so that a call does not hold the CPU for long.
+const BATCH: usize = 1 << 16;
+
+/// Inserts or replaces one element.
+pub(super) fn update(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<()> {
+    element(bpf_cmd::BPF_MAP_UPDATE_ELEM, map, key, value.as_ptr().cast_mut())
+}
+
+/// Removes one element; whether it was there.
+pub(super) fn delete(map: BorrowedFd<'_>, key: &[u8]) -> io::Result<bool> {
+    match element(bpf_cmd::BPF_MAP_DELETE_ELEM, map, key, std::ptr::null_mut()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Reads the element at `key` into `value`, which has the map's value size, times the number of CPUs for per-CPU
+/// maps.
+pub(super) fn lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<()> {
+    element(bpf_cmd::BPF_MAP_LOOKUP_ELEM, map, key, value.as_mut_ptr())
+}
+
+/// Inserts or replaces elements: `keys` and `values` hold them one after another.
+pub(super) fn update_batch(
+    map: BorrowedFd<'_>,
+    keys: &[u8],
+    key_size: usize,
+    values: &[u8],
+    value_size: usize,
+) -> io::Result<()> {
+    assert_eq!(
+        keys.len() / key_size,
+        values.len() / value_size,
+        "every key has a value"
+    );
+    for (keys, values) in keys
+        .chunks(BATCH * key_size)
+        .zip(values.chunks(BATCH * value_size))
+    {
+        let mut attr = zeroed();
+        attr.batch.keys = keys.as_ptr() as u64;
+        attr.batch.values = values.as_ptr() as u64;
+        attr.batch.count = (keys.len() / key_size) as u32;
+        attr.batch.map_fd = map.as_raw_fd() as u32;
+        // SAFETY: keys and values are as long as their number says, and the kernel only reads them.
+        unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_BATCH, &mut attr) }?;
+    }
+    Ok(())
+}
+
+/// Reads `count` elements of an array from `first` on; `value_size` as for [`lookup`].
+pub(super) fn lookup_array(
+    map: BorrowedFd<'_>,
+    first: u32,
+    count: u32,
+    value_size: usize,
+) -> io::Result<Vec<u8>> {
+    let mut values = vec![0; count as usize * value_size];
+    let mut keys = vec![0u32; count as usize];
+    let mut read = 0;
+    // The kernel goes on behind the key it is given, and says where it got to.
+    let mut cursor = first.wrapping_sub(1);
+    while read < count as usize {
+        let wanted = (count as usize - read).min(BATCH);
+        let mut next = 0u32;
+        let mut attr = zeroed();
+        let is_start = cursor == u32::MAX;
+        attr.batch.in_batch = if is_start { 0 } else { &raw const cursor as u64 };
+        attr.batch.out_batch = &raw mut next as u64;
+        attr.batch.keys = keys[read..].as_mut_ptr() as u64;
+        attr.batch.values = values[read * value_size..].as_mut_ptr() as u64;
+        attr.batch.count = wanted as u32;
+        attr.batch.map_fd = map.as_raw_fd() as u32;
+        // SAFETY: there is room for as many keys and values as are asked for.
+        let done = unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr) };
+        // SAFETY: the kernel writes the number of elements here, also with an error.
+        let got = unsafe { attr.batch.count } as usize;
+        match done {
+            Ok(()) => {}
+            // The end of the map was reached.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && got > 0 => {}
+            Err(error) => return Err(error),
+        }
+        read += got;
+        cursor = next;
+    }
+    Ok(values)
+}
+
+/// Number of CPUs a per-CPU map has values for.
+pub(super) fn possible_cpus() -> io::Result<usize> {
+    static COUNT: OnceLock<usize> = OnceLock::new();
+    if let Some(&count) = COUNT.get() {
+        return Ok(count);
+    }
+    let count = aya::util::nr_cpus().map_err(|(_, error)| error)?;
+    Ok(*COUNT.get_or_init(|| count))
+}
+
+fn element(command: bpf_cmd, map: BorrowedFd<'_>, key: &[u8], value: *mut u8) -> io::Result<()> {
+    let mut attr = zeroed();
+    // SAFETY: this is the member of the union that commands on elements use.
+    let element = unsafe { &mut attr.__bindgen_anon_2 };
+    element.map_fd = map.as_raw_fd() as u32;
+    element.key = key.as_ptr() as u64;
+    element.__bindgen_anon_1.value = value as u64;
+    // SAFETY: key and value have the sizes of the map, which the callers create it with.
+    unsafe { bpf(command, &mut attr) }
+}
+
+fn zeroed() -> bpf_attr {
+    // SAFETY: a union of plain numbers, which may all be zero; the kernel insists on it for what is not used.
+    unsafe { std::mem::zeroed() }
+}
+
+/// # Safety
+///
+/// What `attr` points to must be valid for what `command` does with it.
+unsafe fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<()> {
+    // SAFETY: `attr` is a whole attribute; what it points to is the caller's promise.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command as libc::c_int, attr, size_of::<bpf_attr>()) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
