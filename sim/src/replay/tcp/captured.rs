@@ -25,6 +25,8 @@ pub(super) struct Captured {
     pub(super) flags: TcpFlags,
     pub(super) window: u16,
     window_scale: Option<u8>,
+    /// Left and right edges of what was received out of order.
+    sack: [Option<(u32, u32)>; 4],
     /// Where the TCP header is.
     pub(super) transport: usize,
     /// Where the data is.
@@ -33,6 +35,11 @@ pub(super) struct Captured {
     pub(super) cut: usize,
     /// Length of the IP packet.
     pub(super) end: usize,
+}
+
+/// The edges of a SACK block.
+fn edges(&[a, b, c, d, e, f, g, h]: &[u8; 8]) -> (u32, u32) {
+    (u32::from_be_bytes([a, b, c, d]), u32::from_be_bytes([e, f, g, h]))
 }
 
 impl Captured {
@@ -44,6 +51,7 @@ impl Captured {
             flags: tcp.flags,
             window: tcp.window,
             window_scale: tcp.options.window_scale,
+            sack: std::array::from_fn(|index| tcp.options.sack.get(index).map(edges)),
             transport,
             payload: start..end,
             cut: end - (packet.captured as usize).clamp(start, end),
@@ -158,7 +166,7 @@ impl TcpFlow {
         {
             let position = server.position(header.acknowledgment, self.upstream.next.max(SYN));
             self.on_client_acknowledged(now, position, header.window);
-            for (left, right) in header.options.sack.into_iter().flatten() {
+            for (left, right) in header.sack.into_iter().flatten() {
                 let range = server.position(left, position)..server.position(right, position);
                 if range.end <= self.upstream.captured_end() + GAP_MAX {
                     self.upstream.on_received(range);
