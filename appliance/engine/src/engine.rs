@@ -1039,6 +1039,11 @@ impl Engine {
             world,
         };
         match flow.take_turn(id, &mut cx) {
+            // One of its limits was passed while it waited for the device.
+            Turn::Rest(until) if until <= self.now => {
+                flow.due = true;
+                mark_dirty(&mut self.dirty, id, flow);
+            }
             Turn::Rest(until) => self.timers.schedule(&mut flow.queued, id, until, WakeReason::Tcp),
             Turn::More => mark_dirty(&mut self.dirty, id, flow),
             Turn::Blocked => {
