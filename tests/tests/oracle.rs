@@ -53,7 +53,11 @@ impl Sink for Flows {
 
     fn flow(&mut self, record: FlowRecord) {
         if record.protocol == Protocol::Tcp {
-            let key = (record.client.to_string(), record.target.to_string(), record.first_packet);
+            let key = (
+                record.client.to_string(),
+                record.target.to_string(),
+                record.first_packet,
+            );
             let before = self.tcp.insert(key, record);
             assert!(before.is_none(), "one record per flow");
         }
@@ -79,13 +83,17 @@ impl Sink for Flows {
 fn replay(path: &Path, options: &Options) -> (Flows, Outcome) {
     let mut flows = Flows::default();
     let mut capture = Capture::open(path).expect("a capture");
-    let outcome = replay::run(&mut capture, options, None, &mut flows, &mut |_| {}).expect("no journal to fail");
+    let outcome =
+        replay::run(&mut capture, options, None, &mut flows, &mut |_| {}).expect("no journal to fail");
     (flows, outcome)
 }
 
 /// An endpoint as the oracle writes it, "address port".
 fn endpoint(text: &Value) -> String {
-    let (address, port) = text.as_str().and_then(|text| text.split_once(' ')).expect("address and port");
+    let (address, port) = text
+        .as_str()
+        .and_then(|text| text.split_once(' '))
+        .expect("address and port");
     let address = address.parse().expect("an address");
     std::net::SocketAddr::new(address, port.parse().expect("a port")).to_string()
 }
@@ -117,7 +125,12 @@ fn check(checksums: Checksums, choose: impl Fn(&Value) -> bool) -> Option<(u64, 
     };
     let (mut compared, mut wrong, mut lost) = (0, Vec::new(), Vec::new());
     for (path, oracle) in captures()? {
-        let conversations: Vec<&Value> = oracle["tcp"].as_array().into_iter().flatten().filter(|c| choose(c)).collect();
+        let conversations: Vec<&Value> = oracle["tcp"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter(|c| choose(c))
+            .collect();
         if conversations.is_empty() {
             continue;
         }
@@ -125,7 +138,10 @@ fn check(checksums: Checksums, choose: impl Fn(&Value) -> bool) -> Option<(u64, 
         for conversation in conversations {
             compared += 1;
             let first = conversation["first_packet"].as_u64().expect("a number");
-            let (client, target) = (endpoint(&conversation["client"]), endpoint(&conversation["server"]));
+            let (client, target) = (
+                endpoint(&conversation["client"]),
+                endpoint(&conversation["server"]),
+            );
             let name = format!(
                 "{}: {client} > {target} from packet {first}",
                 path.file_name().unwrap_or_default().display()
@@ -134,14 +150,20 @@ fn check(checksums: Checksums, choose: impl Fn(&Value) -> bool) -> Option<(u64, 
                 wrong.push(format!("{name}: no such flow"));
                 continue;
             };
-            let ends_in_reset = conversation["end"].as_str().is_some_and(|end| end.contains("rst"));
+            let ends_in_reset = conversation["end"]
+                .as_str()
+                .is_some_and(|end| end.contains("rst"));
             let up = compare(&flow.to_target, &conversation["c2s"]);
             let down = compare(&flow.to_client, &conversation["s2c"]);
-            for (direction, stream, difference) in [("target", &flow.to_target, up), ("client", &flow.to_client, down)] {
+            for (direction, stream, difference) in
+                [("target", &flow.to_target, up), ("client", &flow.to_client, down)]
+            {
                 // What was under way to whoever resets a connection is lost.
                 let is_lawful = ends_in_reset && flow.end == "rst" && stream.missing == 0;
                 match difference {
-                    Some(difference) if is_lawful => lost.push(format!("{name} to {direction}: {difference}")),
+                    Some(difference) if is_lawful => {
+                        lost.push(format!("{name} to {direction}: {difference}"))
+                    }
                     Some(difference) => wrong.push(format!(
                         "{name} to {direction}: {difference}; end {} {:?} {:?}",
                         flow.end, flow.reason, flow.anomalies
@@ -164,7 +186,12 @@ fn clean_conversations_come_out_byte_for_byte() {
     let Some((compared, wrong)) = check(Checksums::Auto, |conversation| conversation["clean"] == true) else {
         return;
     };
-    assert!(wrong.is_empty(), "{} of {compared}:\n{}", wrong.len(), wrong.join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "{} of {compared}:\n{}",
+        wrong.len(),
+        wrong.join("\n")
+    );
     assert!(compared > 600, "only {compared} clean conversations");
 }
 
@@ -177,7 +204,12 @@ fn with_checksums_ignored_so_do_those_with_bad_ones() {
             && conversation.get("tunnel").is_none()
     });
     let Some((compared, wrong)) = found else { return };
-    assert!(wrong.is_empty(), "{} of {compared}:\n{}", wrong.len(), wrong.join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "{} of {compared}:\n{}",
+        wrong.len(),
+        wrong.join("\n")
+    );
     assert!(compared > 100, "only {compared} such conversations");
 }
 
@@ -196,7 +228,11 @@ fn every_packet_is_accounted_for_and_the_number_of_threads_changes_nothing() {
         let totals = &one.totals;
         assert_eq!(Some(totals.read), oracle["own"]["packets"].as_u64(), "{name}");
         assert_eq!(flows.packets, totals.read, "{name}");
-        assert_eq!(totals.read, totals.judged + totals.unreadable + totals.not_ip, "{name}");
+        assert_eq!(
+            totals.read,
+            totals.judged + totals.unreadable + totals.not_ip,
+            "{name}"
+        );
         assert_eq!(totals.judged, totals.from_client + totals.from_target, "{name}");
         assert_eq!(totals.judged, totals.pass + totals.drop, "{name}");
         assert_eq!(one.by_reason.values().sum::<u64>(), totals.drop, "{name}");

@@ -204,7 +204,11 @@ impl Card {
             packets: self.packets,
             verdict,
             rule: rule.map(|(policy, rule)| policies[usize::from(policy)].name(rule).to_string()),
-            path: if refused.is_some() { self.path } else { Path::Engine },
+            path: if refused.is_some() {
+                self.path
+            } else {
+                Path::Engine
+            },
             egress,
             name: self.name,
             to_target: result.to_target.stream(),

@@ -62,7 +62,9 @@ impl DatagramFlow {
 
     /// Takes a packet that the engine sends to the client.
     pub(super) fn on_packet(&mut self, now: Timestamp, packet: &[u8]) {
-        let Ok(view) = PacketView::parse(packet) else { return };
+        let Ok(view) = PacketView::parse(packet) else {
+            return;
+        };
         if view.fragment().is_none() {
             return self.on_whole(&view);
         }

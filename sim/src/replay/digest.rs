@@ -180,8 +180,7 @@ impl Digest {
     }
 
     fn bytes(&mut self, bytes: &[u8]) {
-        self.buffer
-            .extend_from_slice(&(bytes.len() as u32).to_le_bytes());
+        self.buffer.extend_from_slice(&(bytes.len() as u32).to_le_bytes());
         self.buffer.extend_from_slice(bytes);
     }
 

@@ -217,9 +217,11 @@ impl<'a> Dispatcher<'a> {
             return self.fragment(&view, found);
         }
         let facts = facts(&view);
-        let role = self.roles.role(self.now, view.source(), view.destination(), &facts, |client| {
-            owner(&view, client)
-        });
+        let role = self
+            .roles
+            .role(self.now, view.source(), view.destination(), &facts, |client| {
+                owner(&view, client)
+            });
         self.place(role, &found);
         Ok(())
     }
@@ -433,7 +435,9 @@ fn facts(view: &PacketView<'_>) -> Facts {
                         receiver: (quoted.destination, receiver),
                     }
                 }
-                IcmpMessage::Error { quoted: None, .. } | IcmpMessage::Other { .. } => Facts::Other { protocol },
+                IcmpMessage::Error { quoted: None, .. } | IcmpMessage::Other { .. } => {
+                    Facts::Other { protocol }
+                }
             },
             Ok(Transport::Tcp(_) | Transport::Udp(_)) | Err(_) => Facts::Other { protocol },
         },

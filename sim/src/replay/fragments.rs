@@ -85,9 +85,13 @@ impl Fragments {
     /// Takes a target's fragment; returns the whole packet if it was the last one missing.
     pub(super) fn push(&mut self, now: Timestamp, view: &PacketView<'_>) -> Option<&[u8]> {
         while self.reassembler.expire(now) {}
-        let pushed = self
-            .reassembler
-            .push(now, IngressId(0), view, ChecksumState::Unverified, &mut self.whole);
+        let pushed = self.reassembler.push(
+            now,
+            IngressId(0),
+            view,
+            ChecksumState::Unverified,
+            &mut self.whole,
+        );
         while self.reassembler.evict() {}
         match pushed {
             Reassembly::Complete(_) => Some(&self.whole),

@@ -36,7 +36,12 @@ impl Host {
         Self::Recorded(Box::new(Recorded::new(engine, shard, sink)), blocks)
     }
 
-    pub(super) fn handle(&mut self, now: Timestamp, input: Input<'_>, stage: &mut Stage) -> Option<Judgement> {
+    pub(super) fn handle(
+        &mut self,
+        now: Timestamp,
+        input: Input<'_>,
+        stage: &mut Stage,
+    ) -> Option<Judgement> {
         let judgement = match self {
             Self::Plain(engine) => engine.handle(now, input, stage),
             Self::Recorded(engine, _) => engine.handle(now, input, stage),
@@ -73,7 +78,12 @@ impl Host {
         }
     }
 
-    pub(super) fn write(&mut self, now: Timestamp, flow: FlowId, fill: impl FnOnce(&mut [u8]) -> usize) -> usize {
+    pub(super) fn write(
+        &mut self,
+        now: Timestamp,
+        flow: FlowId,
+        fill: impl FnOnce(&mut [u8]) -> usize,
+    ) -> usize {
         match self {
             Self::Plain(engine) => engine.write(now, flow, fill),
             Self::Recorded(engine, _) => engine.write(now, flow, fill),

@@ -8,9 +8,7 @@ use std::sync::Arc;
 
 use tungate_engine::io::{PacketOut, UpstreamCommand};
 use tungate_engine::journal::{Decoder, Header, JournalError};
-use tungate_engine::{
-    Config, Engine, Event, FlowId, PacketIn, Policy, ShardId, Timestamp, World,
-};
+use tungate_engine::{Config, Engine, Event, FlowId, PacketIn, Policy, ShardId, Timestamp, World};
 
 use super::Options;
 use super::digest::{Digest, combine};
@@ -65,7 +63,12 @@ pub fn repeat(mut journal: impl Read) -> io::Result<Repeated> {
     let policy = Arc::new(Policy::new(header.policy.clone()));
     let shards = header.config.shards.clamp(1, SHARDS_MAX);
     let mut engines: Vec<(Engine, Listener)> = (0..shards)
-        .map(|shard| (header.engine(ShardId(shard), Arc::clone(&policy)), Listener::new()))
+        .map(|shard| {
+            (
+                header.engine(ShardId(shard), Arc::clone(&policy)),
+                Listener::new(),
+            )
+        })
         .collect();
     let mut repeated = Repeated {
         calls: 0,

@@ -53,11 +53,11 @@ use ipnet::IpNet;
 use tungate_engine::config::Clients;
 use tungate_engine::{Config, Policy, Timestamp};
 
+use self::dispatch::Dispatcher;
 pub use self::journal::{Repeated, repeat};
+use self::merge::Merge;
 pub use self::prefilter::Prefiltering;
 pub use self::repair::Checksums;
-use self::dispatch::Dispatcher;
-use self::merge::Merge;
 use self::shard::Setup;
 use self::stage::Wanted;
 use self::worker::Worker;

@@ -52,7 +52,12 @@ impl Filter {
             }
             Prefiltering::Off => None,
         };
-        Self { vm, policies, policy: None, started }
+        Self {
+            vm,
+            policies,
+            policy: None,
+            started,
+        }
     }
 
     /// Has the program look at a frame, with the lists of `policy` as they stand at `now`.
@@ -62,7 +67,9 @@ impl Filter {
         let mut ready = Ok(());
         if self.policy != Some(policy) {
             self.policy = Some(policy);
-            ready = vm.apply(self.policies[usize::from(policy)].spec(), unix_seconds).map(drop);
+            ready = vm
+                .apply(self.policies[usize::from(policy)].spec(), unix_seconds)
+                .map(drop);
         } else if vm.next_expiry().is_some_and(|due| due <= unix_seconds) {
             ready = vm.expire(unix_seconds).map(drop);
         }
@@ -81,7 +88,10 @@ impl Counts {
     pub(super) fn compare(&mut self, seen: Option<Seen>, (verdict, rule): Judged) -> Path {
         let Some(seen) = seen else { return Path::Engine };
         self.totals.parity_checked += 1;
-        let by_list = matches!(verdict, Verdict::Drop(DropReason::ListSource | DropReason::ListDestination));
+        let by_list = matches!(
+            verdict,
+            Verdict::Drop(DropReason::ListSource | DropReason::ListDestination)
+        );
         let (path, agree) = match seen {
             Seen::Passed => (Path::Engine, true),
             Seen::Dropped(by) => (Path::Prefilter, by_list && by == rule),

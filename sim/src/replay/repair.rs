@@ -63,7 +63,10 @@ pub(super) fn extent(captured: &[u8], on_wire: usize) -> Option<Extent> {
             if captured.len() < 40 {
                 return None;
             }
-            (40 + usize::from(u16::from_be_bytes([captured[4], captured[5]])), false)
+            (
+                40 + usize::from(u16::from_be_bytes([captured[4], captured[5]])),
+                false,
+            )
         }
         _ => return None,
     };
@@ -72,7 +75,10 @@ pub(super) fn extent(captured: &[u8], on_wire: usize) -> Option<Extent> {
     } else {
         captured.len()
     };
-    Some(Extent { len, length_is_missing })
+    Some(Extent {
+        len,
+        length_is_missing,
+    })
 }
 
 /// Writes an IPv4 total length, adjusting the header checksum.
@@ -181,7 +187,11 @@ mod tests {
         let wrong = with_checksum(packet.clone(), 0x1234);
         assert_eq!(judged(&wrong, Checksums::Auto), Soundness::Wrong);
         assert_eq!(judged(&wrong, Checksums::Ignore), Soundness::Repaired);
-        assert_eq!(judged(&packet, Checksums::Auto), Soundness::Sound, "IPv4 UDP may go without");
+        assert_eq!(
+            judged(&packet, Checksums::Auto),
+            Soundness::Sound,
+            "IPv4 UDP may go without"
+        );
     }
 
     #[test]

@@ -273,7 +273,10 @@ impl Roles {
             }
             Facts::EchoReply { identifier } => {
                 let client = SocketAddr::new(destination, identifier);
-                let key = Key::Echo { client, target: source };
+                let key = Key::Echo {
+                    client,
+                    target: source,
+                };
                 match self.find(now, &key) {
                     Some(index) => Role::Target(self.touch(now, index)),
                     None => self.pair(now, source, destination, icmp_number(source), owner),
@@ -304,7 +307,13 @@ impl Roles {
         if !self.counts(source) && !self.counts(destination) {
             return (Sender::Target, None);
         }
-        let sender = |from_client| if from_client { Sender::Client } else { Sender::Target };
+        let sender = |from_client| {
+            if from_client {
+                Sender::Client
+            } else {
+                Sender::Target
+            }
+        };
         let guess = sender(self.is_client(source, destination));
         let Some((protocol, ports)) = ports else {
             return (guess, None);
@@ -313,9 +322,15 @@ impl Roles {
         let (key, from_client) = match protocol {
             6 => (Key::Tcp(source.min(destination), source.max(destination)), None),
             17 => {
-                let endpoint = self.endpoint(destination).map(|endpoint| (endpoint.last, endpoint.silence));
+                let endpoint = self
+                    .endpoint(destination)
+                    .map(|endpoint| (endpoint.last, endpoint.silence));
                 let to_client = endpoint.is_some_and(|(last, silence)| !self.is_silent(now, last, silence));
-                let (client, target) = if to_client { (destination, source) } else { (source, destination) };
+                let (client, target) = if to_client {
+                    (destination, source)
+                } else {
+                    (source, destination)
+                };
                 (Key::Udp { client, target }, Some(!to_client))
             }
             _ => return (guess, None),
@@ -332,9 +347,9 @@ impl Roles {
     /// Whether `source` is the client of `destination`, as far as the pair is known; where it is not, it is one.
     fn is_client(&self, source: IpAddr, destination: IpAddr) -> bool {
         let addresses = sorted(source, destination);
-        let found = self
-            .pairs
-            .find(self.hasher.hash_one(addresses), |pair| pair.addresses == addresses);
+        let found = self.pairs.find(self.hasher.hash_one(addresses), |pair| {
+            pair.addresses == addresses
+        });
         match found {
             Some(pair) => pair.client == source,
             None => self.counts(source) || !self.counts(destination),
@@ -359,11 +374,15 @@ impl Roles {
                         }
                     }
                     Entry::Endpoint(address) => {
-                        let Some(endpoint) = self.endpoint(address) else { continue };
+                        let Some(endpoint) = self.endpoint(address) else {
+                            continue;
+                        };
                         let (last, silence) = (endpoint.last, endpoint.silence);
                         if self.is_silent(now, last, silence) {
                             let hash = self.hasher.hash_one(address);
-                            let found = self.endpoints.find_entry(hash, |endpoint| endpoint.address == address);
+                            let found = self
+                                .endpoints
+                                .find_entry(hash, |endpoint| endpoint.address == address);
                             found.expect("just found").remove();
                         } else {
                             self.enqueue(now, silence, entry);
@@ -533,7 +552,9 @@ impl Roles {
 
     fn use_endpoint(&mut self, now: u64, client: SocketAddr, port: u16, from_outside: bool) {
         let hash = self.hasher.hash_one(client);
-        let known = self.endpoints.find_mut(hash, |endpoint| endpoint.address == client);
+        let known = self
+            .endpoints
+            .find_mut(hash, |endpoint| endpoint.address == client);
         match known {
             Some(endpoint) => {
                 let was_silent = now.saturating_sub(endpoint.last) > self.silences[endpoint.silence as usize];
@@ -547,7 +568,11 @@ impl Roles {
             }
             None if from_outside => {}
             None => {
-                let silence = if port == DNS_PORT { Silence::Dns } else { Silence::Udp };
+                let silence = if port == DNS_PORT {
+                    Silence::Dns
+                } else {
+                    Silence::Udp
+                };
                 let hasher = &self.hasher;
                 let endpoint = Endpoint {
                     address: client,
@@ -562,8 +587,9 @@ impl Roles {
     }
 
     fn endpoint(&self, address: SocketAddr) -> Option<&Endpoint> {
-        self.endpoints
-            .find(self.hasher.hash_one(address), |endpoint| endpoint.address == address)
+        self.endpoints.find(self.hasher.hash_one(address), |endpoint| {
+            endpoint.address == address
+        })
     }
 
     fn echo_request(
@@ -607,13 +633,17 @@ impl Roles {
             17 => (udp(sender, receiver), Some(udp(receiver, sender))),
             1 | 58 => {
                 let target = receiver.ip();
-                (Key::Echo { client: sender, target }, None)
+                (
+                    Key::Echo {
+                        client: sender,
+                        target,
+                    },
+                    None,
+                )
             }
             _ => return None,
         };
-        let index = self
-            .find(now, &key)
-            .or_else(|| self.find(now, &other?))?;
+        let index = self.find(now, &key).or_else(|| self.find(now, &other?))?;
         let client = self.conversations[index as usize].client;
         let place = self.touch(now, index);
         Some(if client == sender {
@@ -746,9 +776,9 @@ impl Roles {
         conversation.generation += 1;
         let (key, place, client) = (conversation.key, conversation.place, conversation.client);
         let conversations = &self.conversations;
-        let found = self
-            .by_key
-            .find_entry(self.hasher.hash_one(key), |at| *at == index && conversations[*at as usize].key == key);
+        let found = self.by_key.find_entry(self.hasher.hash_one(key), |at| {
+            *at == index && conversations[*at as usize].key == key
+        });
         found.expect("every conversation is in the table").remove();
         self.free.push(index);
         let gone = Gone {

@@ -14,8 +14,8 @@ use tungate_engine::{Config, IngressId, Input, Judgement, PacketIn, Policy, Shar
 use super::card::{Card, Refused};
 use super::datagram::DatagramFlow;
 use super::host::Host;
-use super::prefilter::{Filter, Prefiltering, Seen};
 use super::item::{Cause, Counts, Item, Judged, Packet, Record, Reply, Verdict, What};
+use super::prefilter::{Filter, Prefiltering, Seen};
 use super::repair::{self, Checksums, Soundness};
 use super::roles::{Begins, Place};
 use super::stage::{Flow, Stage, Wanted};
@@ -150,8 +150,7 @@ impl Shard {
                 None
             }
             What::Policy(index) => {
-                self.stage
-                    .begin(self.now, Cause::Policy(self.stage.shard), None);
+                self.stage.begin(self.now, Cause::Policy(self.stage.shard), None);
                 self.stage.policy = index;
                 let policy = Arc::clone(&self.stage.policies[usize::from(index)]);
                 self.stage.line(Line::Policy(index));
@@ -207,8 +206,7 @@ impl Shard {
     pub(super) fn end_capture(&mut self, end: Timestamp) -> Timestamp {
         self.advance(end);
         self.now = end;
-        self.stage
-            .begin(end, Cause::Deadline(self.stage.shard), None);
+        self.stage.begin(end, Cause::Deadline(self.stage.shard), None);
         for slot in 0..self.stage.flows.len() as u32 {
             self.end_tcp_capture(slot);
             self.stage.attend(slot);
@@ -248,9 +246,7 @@ impl Shard {
                 protocol: Some(protocol),
                 ..
             } => Flow::Datagram(Box::new(DatagramFlow::new(card(*protocol)))),
-            Begins { protocol: None, .. } => {
-                Flow::Other(Box::new(card(tungate_engine::Protocol::Icmp)))
-            }
+            Begins { protocol: None, .. } => Flow::Other(Box::new(card(tungate_engine::Protocol::Icmp))),
         });
         if let Some(before) = begins.replaces
             && let Some(flow) = self.stage.tcp(before)
@@ -291,12 +287,7 @@ impl Shard {
         });
     }
 
-    fn other_from_client(
-        &mut self,
-        slot: u32,
-        packet: &Packet,
-        ip: &mut [u8],
-    ) -> Judged {
+    fn other_from_client(&mut self, slot: u32, packet: &Packet, ip: &mut [u8]) -> Judged {
         let assessed = match PacketView::parse(ip) {
             Ok(view) => self.assess(packet, &view),
             Err(_) => Assessed::UNREAD,
@@ -321,7 +312,10 @@ impl Shard {
     fn record_target(&mut self, place: Place, packet: &Packet) -> bool {
         let card = self.stage.card(place.slot);
         let refused = card.as_ref().and_then(|card| card.refused);
-        let path = card.as_ref().filter(|card| card.refused.is_some()).map_or(Path::Engine, |card| card.path);
+        let path = card
+            .as_ref()
+            .filter(|card| card.refused.is_some())
+            .map_or(Path::Engine, |card| card.path);
         let decided = card.and_then(|card| card.decided);
         let (verdict, rule, policy) = match (refused, decided) {
             (Some(refused), _) => (Verdict::Drop(refused.reason), refused.rule, refused.policy),
@@ -343,9 +337,13 @@ impl Shard {
 
     /// Has the engine put a client's fragment together with others. Returns the whole packet, whose record is that
     /// of its last fragment, if this was the last one missing.
-    fn fragment_from_client(&mut self, packet: &Packet, ip: &mut [u8], seen: Option<Seen>) -> Option<Vec<u8>> {
-        self.stage
-            .begin(self.now, Cause::Packet(packet.number), None);
+    fn fragment_from_client(
+        &mut self,
+        packet: &Packet,
+        ip: &mut [u8],
+        seen: Option<Seen>,
+    ) -> Option<Vec<u8>> {
+        self.stage.begin(self.now, Cause::Packet(packet.number), None);
         let state = match PacketView::parse(ip) {
             Ok(view) => {
                 let soundness = repair::ip_header(&view, self.checksums);
@@ -397,11 +395,7 @@ impl Shard {
     }
 
     /// Notes what became of a client's packet for the packets of its flow that have no verdict of their own.
-    pub(super) fn note_judgement(
-        &mut self,
-        slot: u32,
-        judgement: &Judgement,
-    ) -> Judged {
+    pub(super) fn note_judgement(&mut self, slot: u32, judgement: &Judgement) -> Judged {
         let policy = self.stage.policy;
         let Some(reason) = judgement.dropped else {
             return (Verdict::Pass, judgement.rule);

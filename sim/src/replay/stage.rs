@@ -17,8 +17,8 @@ use tungate_engine::{CloseReason, Event, FlowId, PacketIn, Policy, Protocol, Sha
 use super::card::{Card, Decided};
 use super::datagram::DatagramFlow;
 use super::digest::Digest;
-use super::shard::Setup;
 use super::item::{Cause, Moment, Output, Shown, ShownKind};
+use super::shard::Setup;
 use super::tcp::TcpFlow;
 use super::transcript::Line;
 
@@ -216,7 +216,9 @@ impl Stage {
     }
 
     fn show(&mut self, kind: ShownKind, bytes: &[u8], slot: Option<u32>) {
-        let flow = slot.and_then(|slot| self.card(slot)).map_or(0, |card| card.number);
+        let flow = slot
+            .and_then(|slot| self.card(slot))
+            .map_or(0, |card| card.number);
         let output = &mut self.output;
         let start = output.bytes.len() as u32;
         output.bytes.extend_from_slice(bytes);
@@ -252,21 +254,21 @@ impl Stage {
     fn on_packet(&mut self, out: &PacketOut) {
         let bytes = &self.buffer[..self.lent];
         self.digest.packet(self.now, out, bytes);
-        let Some(slot) = self.slot_of(out.flow) else { return };
+        let Some(slot) = self.slot_of(out.flow) else {
+            return;
+        };
         let now = self.now;
         let Some(Some(flow)) = self.flows.get_mut(slot as usize) else {
             return;
         };
         match flow {
-            Flow::Tcp(flow) => {
-                match flow.successor() {
-                    Some(successor) => self.on_stray(slot, successor),
-                    None => {
-                        flow.on_packet(now, bytes, usize::from(out.header_len));
-                        self.attend(slot);
-                    }
+            Flow::Tcp(flow) => match flow.successor() {
+                Some(successor) => self.on_stray(slot, successor),
+                None => {
+                    flow.on_packet(now, bytes, usize::from(out.header_len));
+                    self.attend(slot);
                 }
-            }
+            },
             Flow::Datagram(flow) => flow.on_packet(now, bytes),
             Flow::Other(_) => {}
         }
@@ -276,7 +278,8 @@ impl Stage {
     fn on_stray(&mut self, slot: u32, successor: u32) {
         let transport = usize::from(self.buffer[0] & 0xf) * 4;
         let transport = if self.buffer[0] >> 4 == 4 { transport } else { 40 };
-        let Some(acknowledgment) = super::tcp::stray_acknowledgment(&self.buffer[transport..self.lent]) else {
+        let Some(acknowledgment) = super::tcp::stray_acknowledgment(&self.buffer[transport..self.lent])
+        else {
             return;
         };
         let waits = self.tcp(successor).is_some_and(|flow| flow.card.engine.is_none());
@@ -303,7 +306,10 @@ impl World for Stage {
 
     fn send_packet(&mut self, packet: PacketOut) {
         #[cfg(test)]
-        if self.tamper.is_some_and(|tamper| tamper(&mut self.buffer[..self.lent])) {
+        if self
+            .tamper
+            .is_some_and(|tamper| tamper(&mut self.buffer[..self.lent]))
+        {
             return;
         }
         if self.wanted.lines {
@@ -324,7 +330,9 @@ impl World for Stage {
     fn upstream(&mut self, id: FlowId, command: UpstreamCommand<'_>) {
         self.digest.command(self.now, id, &command);
         self.line(Line::Command(id, &command));
-        let Some(slot) = self.slot_of(Some(id)) else { return };
+        let Some(slot) = self.slot_of(Some(id)) else {
+            return;
+        };
         match self.flows.get_mut(slot as usize) {
             Some(Some(Flow::Tcp(flow))) => {
                 flow.on_command(&command);
@@ -369,7 +377,11 @@ impl World for Stage {
                     Action::Direct | Action::Egress(_) if protocol == Protocol::Udp => {
                         self.mappings.insert(client, flow);
                     }
-                    Action::Direct | Action::Egress(_) | Action::Redirect(_) | Action::Reject | Action::Drop => {}
+                    Action::Direct
+                    | Action::Egress(_)
+                    | Action::Redirect(_)
+                    | Action::Reject
+                    | Action::Drop => {}
                 }
                 if let Some(card) = self.card(slot) {
                     card.engine = Some(flow);
@@ -383,7 +395,10 @@ impl World for Stage {
                 let Some(known) = self.engine_flows.get_mut(flow.slot() as usize) else {
                     return;
                 };
-                let Some(known) = known.as_mut().filter(|known| known.generation == flow.generation()) else {
+                let Some(known) = known
+                    .as_mut()
+                    .filter(|known| known.generation == flow.generation())
+                else {
                     return;
                 };
                 known.closed = Some(reason);

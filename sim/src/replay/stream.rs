@@ -71,7 +71,9 @@ impl Held {
             let part = slice(gap.clone());
             self.len += part.len();
             match self.pieces.range_mut(..gap.start).next_back() {
-                Some((held, piece)) if held + piece.len() as u64 == gap.start => piece.extend_from_slice(part),
+                Some((held, piece)) if held + piece.len() as u64 == gap.start => {
+                    piece.extend_from_slice(part)
+                }
                 _ => {
                     self.pieces.insert(gap.start, part.to_vec());
                 }
@@ -240,7 +242,9 @@ impl Gaps {
             self.acknowledged = None;
             return Some(end);
         }
-        self.acknowledged.take_if(|(at, _)| *at <= now).map(|(_, end)| end)
+        self.acknowledged
+            .take_if(|(at, _)| *at <= now)
+            .map(|(_, end)| end)
     }
 
     /// Up to where to fill if nothing more will come.

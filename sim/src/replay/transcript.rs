@@ -40,7 +40,9 @@ impl fmt::Display for Line<'_> {
                     UpstreamEvent::EchoReply { sequence, payload } => {
                         write!(f, "echo reply {sequence} len {}", payload.len())
                     }
-                    UpstreamEvent::Error { target, error, .. } => write!(f, "error about {target}: {error:?}"),
+                    UpstreamEvent::Error { target, error, .. } => {
+                        write!(f, "error about {target}: {error:?}")
+                    }
                 }
             }
             Self::Command(flow, command) => {
@@ -53,7 +55,9 @@ impl fmt::Display for Line<'_> {
                     UpstreamCommand::Send { target, payload, .. } => {
                         write!(f, "send to {target} len {}", payload.len())
                     }
-                    UpstreamCommand::Echo { sequence, payload, .. } => {
+                    UpstreamCommand::Echo {
+                        sequence, payload, ..
+                    } => {
                         write!(f, "echo {sequence} len {}", payload.len())
                     }
                     UpstreamCommand::Close => f.write_str("close"),
@@ -77,7 +81,11 @@ impl fmt::Display for Line<'_> {
                         action,
                         ..
                     } => {
-                        write!(f, "opened #{flow} {protocol} {client} > {target} {}", action.name())?;
+                        write!(
+                            f,
+                            "opened #{flow} {protocol} {client} > {target} {}",
+                            action.name()
+                        )?;
                         match action {
                             Action::Redirect(to) => write!(f, " to {to}"),
                             Action::Direct | Action::Egress(_) | Action::Reject | Action::Drop => Ok(()),
@@ -90,7 +98,11 @@ impl fmt::Display for Line<'_> {
                         to_upstream,
                         to_client,
                     } => {
-                        write!(f, "closed #{flow}: {}, {to_upstream} up, {to_client} down", reason.name())
+                        write!(
+                            f,
+                            "closed #{flow}: {}, {to_upstream} up, {to_client} down",
+                            reason.name()
+                        )
                     }
                     Event::Named { flow, name } => write!(f, "named #{flow} {name}"),
                 }
@@ -119,7 +131,11 @@ impl fmt::Display for Summary<'_> {
             Ok(Transport::Tcp(tcp)) => {
                 let (source, destination) = ends((tcp.source_port, tcp.destination_port));
                 write!(f, "{source} > {destination} {}", Flags(tcp.flags))?;
-                write!(f, " seq {} ack {} win {}", tcp.sequence, tcp.acknowledgment, tcp.window)?;
+                write!(
+                    f,
+                    " seq {} ack {} win {}",
+                    tcp.sequence, tcp.acknowledgment, tcp.window
+                )?;
                 match tcp.payload.len() {
                     0 => Ok(()),
                     len => write!(f, " len {len}"),
@@ -133,7 +149,9 @@ impl fmt::Display for Summary<'_> {
                 write!(f, "{source} > {destination} ICMP ")?;
                 match icmp.message {
                     IcmpMessage::EchoRequest(echo) => write!(f, "echo {} {}", echo.identifier, echo.sequence),
-                    IcmpMessage::EchoReply(echo) => write!(f, "echo reply {} {}", echo.identifier, echo.sequence),
+                    IcmpMessage::EchoReply(echo) => {
+                        write!(f, "echo reply {} {}", echo.identifier, echo.sequence)
+                    }
                     IcmpMessage::Error { error, .. } => write!(f, "{error:?}"),
                     IcmpMessage::Other { kind, code } => write!(f, "type {kind} code {code}"),
                 }

@@ -1,7 +1,7 @@
 //! A worker: some of the shards, in a thread.
 
-use std::sync::{Arc, OnceLock};
 use std::sync::mpsc::{Receiver, SyncSender};
+use std::sync::{Arc, OnceLock};
 
 use tungate_engine::{ShardId, Timestamp};
 

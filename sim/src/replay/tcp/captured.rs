@@ -128,7 +128,9 @@ impl TcpFlow {
 
     /// Where a captured segment of the client has its first byte.
     pub(super) fn position_of_client(&self, header: &Captured) -> u64 {
-        let Some(origin) = self.client.origin else { return SYN };
+        let Some(origin) = self.client.origin else {
+            return SYN;
+        };
         origin.position(header.sequence, self.client.sent) + u64::from(header.flags.syn())
     }
 
@@ -267,8 +269,7 @@ impl TcpFlow {
     pub(super) fn on_captured_reset(&mut self, header: &Captured) {
         let Some(origin) = self.client.origin else { return };
         let upstream = &mut self.upstream;
-        let acknowledges_syn =
-            header.flags.ack() && header.acknowledgment == origin.number(FIRST);
+        let acknowledges_syn = header.flags.ack() && header.acknowledgment == origin.number(FIRST);
         match upstream.answer {
             None if acknowledges_syn => upstream.answer = Some(Answer::Refused),
             Some(Answer::Connected) => {
@@ -340,7 +341,9 @@ impl TcpFlow {
             return 0;
         }
         self.on_target_acknowledged(now, header);
-        let Some(server) = self.upstream.origin else { return 0 };
+        let Some(server) = self.upstream.origin else {
+            return 0;
+        };
         if len == 0 && !header.flags.fin() {
             return 0;
         }

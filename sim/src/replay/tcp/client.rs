@@ -284,7 +284,8 @@ impl Client {
 
     fn keep_fillers(&mut self, range: std::ops::Range<u64>) {
         for gap in self.kept.gaps(range) {
-            self.kept.insert(gap.start, &vec![0; (gap.end - gap.start) as usize]);
+            self.kept
+                .insert(gap.start, &vec![0; (gap.end - gap.start) as usize]);
             if gap.end > self.next {
                 self.fillers.add(gap.start.max(self.next)..gap.end);
             }
@@ -387,7 +388,10 @@ impl Client {
             self.wants.acknowledge = true; // sent again
             return;
         }
-        let fresh = segment.payload.get((self.received - at) as usize..).unwrap_or_default();
+        let fresh = segment
+            .payload
+            .get((self.received - at) as usize..)
+            .unwrap_or_default();
         let is_window_closed = self.right_edge <= self.received && self.highest <= self.received;
         if fresh.len() == 1 && is_window_closed && !self.is_settling {
             self.wants.acknowledge = true; // a window probe

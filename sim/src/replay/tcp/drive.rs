@@ -60,12 +60,7 @@ impl Shard {
     // ---- from the client ---------------------------------------------------------------------------------------
 
     /// Plays a packet that was captured from the client.
-    pub(in super::super) fn tcp_from_client(
-        &mut self,
-        slot: u32,
-        packet: &Packet,
-        ip: &mut [u8],
-    ) -> Judged {
+    pub(in super::super) fn tcp_from_client(&mut self, slot: u32, packet: &Packet, ip: &mut [u8]) -> Judged {
         let Ok(view) = PacketView::parse(ip) else {
             return self.raw(slot, ip, Assessed::UNREAD);
         };
@@ -83,7 +78,11 @@ impl Shard {
         if !self.prepare(slot, &header) {
             return self.raw(slot, ip, assessed);
         }
-        self.translate(slot, &mut ip[header.transport..], (header.acknowledgment, header.window));
+        self.translate(
+            slot,
+            &mut ip[header.transport..],
+            (header.acknowledgment, header.window),
+        );
         let flow = self.stage.tcp(slot).expect("asked of a TCP flow");
         let at = flow.position_of_client(&header);
         let held = flow.hold(&header, at);
@@ -102,11 +101,17 @@ impl Shard {
             return verdict;
         }
         let (now, real) = (self.now, header.real(ip));
-        let flow = self.stage.tcp(slot).expect("flows last as long as their conversation");
+        let flow = self
+            .stage
+            .tcp(slot)
+            .expect("flows last as long as their conversation");
         flow.on_sent(now, &header, at, held, real);
         self.stage.attend(slot);
         self.settle();
-        let flow = self.stage.tcp(slot).expect("flows last as long as their conversation");
+        let flow = self
+            .stage
+            .tcp(slot)
+            .expect("flows last as long as their conversation");
         flow.keep(&header, at, real);
         flow.client.arm(now);
         verdict
@@ -147,7 +152,9 @@ impl Shard {
     /// Sees to it that the flow is as far as a captured segment shows it to be. Returns whether the segment is one of
     /// the flow's at all.
     fn prepare(&mut self, slot: u32, header: &Captured) -> bool {
-        let Some(flow) = self.stage.tcp(slot) else { return false };
+        let Some(flow) = self.stage.tcp(slot) else {
+            return false;
+        };
         flow.note_header(header);
         let flags = header.flags;
         if flags.syn() && !flags.ack() {
@@ -172,7 +179,9 @@ impl Shard {
             let first = header.sequence.wrapping_add(u32::from(is_keep_alive));
             self.adopt(slot, first, server);
         }
-        let Some(flow) = self.stage.tcp(slot) else { return false };
+        let Some(flow) = self.stage.tcp(slot) else {
+            return false;
+        };
         if flags.ack() && !flags.rst() {
             if flow.upstream.origin.is_none() {
                 flow.upstream.begin(header.acknowledgment.wrapping_sub(1));
@@ -341,7 +350,8 @@ impl Shard {
 
     fn answer_connect(&mut self, slot: u32) {
         let Some(flow) = self.stage.tcp(slot) else { return };
-        let (Some(id), State::Opening, Some(answer)) = (flow.card.engine, flow.upstream.state, flow.upstream.answer)
+        let (Some(id), State::Opening, Some(answer)) =
+            (flow.card.engine, flow.upstream.state, flow.upstream.answer)
         else {
             return;
         };

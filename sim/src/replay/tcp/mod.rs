@@ -73,7 +73,11 @@ impl TcpFlow {
             acknowledgment: long(8),
             flags,
             window: word(14),
-            window_scale: if flags.syn() { window_scale(&tcp[20..header_len]) } else { None },
+            window_scale: if flags.syn() {
+                window_scale(&tcp[20..header_len])
+            } else {
+                None
+            },
             payload: &tcp[header_len..],
         };
         self.client.on_segment(now, &segment, &self.upstream.fillers);
