@@ -27,6 +27,7 @@ const ETHERNET_HEADER: usize = 14;
 pub(super) struct Dispatcher<'a> {
     roles: Roles,
     fragments: Fragments,
+    #[expect(clippy::vec_box, reason = "batches go through channels as pointers")]
     batches: Vec<Box<Batch>>,
     workers: Vec<SyncSender<Box<Batch>>>,
     replies: Vec<Receiver<Reply>>,

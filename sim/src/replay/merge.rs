@@ -96,7 +96,7 @@ impl<'a> Merge<'a> {
             }
         }
         if self.wanted.packets {
-            while let Some(record) = records.next() {
+            for record in records {
                 self.record(record, sink);
             }
         }

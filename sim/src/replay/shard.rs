@@ -125,8 +125,8 @@ impl Shard {
                     card.on_packet(self.now);
                 }
                 match side {
-                    Side::Client => self.from_client(place, &packet, ip, seen),
-                    Side::Target => self.from_target(place, &packet, ip),
+                    Side::Client => self.play_client(place, &packet, ip, seen),
+                    Side::Target => self.play_target(place, &packet, ip),
                     Side::None => unreachable!("only what somebody sent belongs to a conversation"),
                 }
                 self.stage.attend(place.slot);
@@ -262,7 +262,7 @@ impl Shard {
         filter.look(self.stage.policy, self.now, &bytes[start..end])
     }
 
-    fn from_client(&mut self, place: Place, packet: &Packet, ip: &mut [u8], seen: Option<Seen>) {
+    fn play_client(&mut self, place: Place, packet: &Packet, ip: &mut [u8], seen: Option<Seen>) {
         let verdict = match &self.stage.flows[place.slot as usize] {
             Some(Flow::Tcp(_)) => self.tcp_from_client(place.slot, packet, ip),
             Some(Flow::Datagram(_)) => self.datagram_from_client(place.slot, packet, ip),
@@ -296,7 +296,7 @@ impl Shard {
         self.note_judgement(slot, &judgement)
     }
 
-    fn from_target(&mut self, place: Place, packet: &Packet, ip: &mut [u8]) {
+    fn play_target(&mut self, place: Place, packet: &Packet, ip: &mut [u8]) {
         let is_refused = self.record_target(place, packet);
         if is_refused {
             return;
