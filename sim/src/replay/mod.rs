@@ -7,14 +7,14 @@
 //!              └──────────────┘        └───────────────────────────┘        └──────────┘
 //! ```
 //!
-//! The dispatcher reads the capture in file order, finds out which side sent each packet ([`roles`]), mends what
-//! capturing has done to it ([`repair`]), and hands it to the shard that owns its conversation. A shard is an engine
-//! with modelled peers around it ([`shard`], [`tcp`], [`datagram`]): packets from clients go into the engine, packets
+//! The dispatcher reads the capture in file order, finds out which side sent each packet (`roles`), mends what
+//! capturing has done to it (`repair`), and hands it to the shard that owns its conversation. A shard is an engine
+//! with modelled peers around it (`shard`, `tcp`, `datagram`): packets from clients go into the engine, packets
 //! from targets are the script for modelled upstreams. There are always 16 shards, spread over as many threads as are
 //! wanted, and a shard's play depends on nothing but its own items: so does the result.
 //!
 //! Work goes round in *epochs*, some hundreds of packets each: the dispatcher sends every worker its batch, the workers
-//! hand back what they have found, and the caller puts that in order ([`merge`]). An epoch's end is a point in time that
+//! hand back what they have found, and the caller puts that in order (`merge`). An epoch's end is a point in time that
 //! every shard has reached, so order needs no look ahead, and memory is bounded by the few epochs under way and the
 //! flows that are open.
 //!

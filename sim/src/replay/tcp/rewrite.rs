@@ -149,7 +149,7 @@ mod tests {
     /// A TCP header with these options, summed so that all of it comes to `total`.
     fn segment(options: &[u8], total: u16) -> Vec<u8> {
         let mut bytes = vec![0x5a; 20];
-        bytes[12] = ((20 + options.len()) / 4 << 4) as u8;
+        bytes[12] = (((20 + options.len()) / 4) << 4) as u8;
         bytes.extend_from_slice(options);
         bytes.extend_from_slice(b"payload!");
         bytes[16..18].fill(0);
