@@ -1,6 +1,7 @@
 //! Tests across crates; see the folder `tests/`. Here is what several of them need.
 
 pub mod client;
+pub mod memory;
 pub mod packet;
 pub mod recorder;
 pub mod rig;

@@ -715,7 +715,7 @@ impl Teller {
     }
 
     fn fragment(&mut self, datagram: u8, piece: u8) {
-        let peer = self.peer(if datagram % 2 == 0 { 0 } else { 3 }).clone();
+        let peer = self.peer(if datagram.is_multiple_of(2) { 0 } else { 3 }).clone();
         let whole = Datagram {
             source: peer.address,
             destination: peer.target,

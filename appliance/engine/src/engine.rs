@@ -130,6 +130,11 @@ impl Engine {
                 break;
             }
         }
+        let Self { timers, flows, .. } = self;
+        timers.prune(flows.len(), |id| match flows.get_mut(id)? {
+            Flow::Tcp(flow) => Some(flow.queued),
+            Flow::Session(session) => Some(session.queued),
+        });
         self.next_deadline()
     }
 

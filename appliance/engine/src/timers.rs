@@ -2,13 +2,17 @@
 //!
 //! A flow's deadline moves away with every packet. It is put into the queue only when it is earlier than what is
 //! queued for that flow already; when the queued time comes, the flow is asked what it is really waiting for and
-//! queued again. So the queue holds about one entry per flow and may wake the engine early, never late.
+//! queued again. So the queue may wake the engine early, never late. An entry that an earlier one has superseded, or
+//! whose flow is gone, stays until its time, or until such entries are the most: then all of them are thrown out.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use crate::addr::FlowId;
 use crate::time::{Deadline, Timestamp, WakeReason};
+
+/// So few entries are not worth looking through.
+const ENTRIES_MIN: usize = 256;
 
 /// When a flow is queued; every flow holds one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +55,18 @@ impl Timers {
             *queued = Queued::NEVER;
         }
         current
+    }
+
+    /// Throws out stale entries if they are more than `flows`, the number of flows there are. `queued` finds a flow's.
+    /// Shared among the entries that were added since the last time, it costs what adding them did.
+    pub(crate) fn prune(&mut self, flows: usize, mut queued: impl FnMut(FlowId) -> Option<Queued>) {
+        if self.heap.len() > 2 * flows + ENTRIES_MIN {
+            let mut entries = std::mem::take(&mut self.heap).into_vec();
+            entries.retain(|&Reverse((at, flow, _))| queued(flow) == Some(Queued(at)));
+            entries.sort_unstable();
+            entries.dedup(); // a time that was superseded may have come to be the flow's again
+            self.heap = entries.into();
+        }
     }
 
     /// The earliest entry.
@@ -98,5 +114,20 @@ mod tests {
             !Timers::is_current(&mut queued, at(10)),
             "the superseded entry is stale"
         );
+    }
+
+    #[test]
+    fn superseded_entries_do_not_pile_up() {
+        let mut timers = Timers::default();
+        let mut queued = Queued::NEVER;
+        let flow = FlowId::new(ShardId(0), 0, 1);
+        for round in 0..100_000 {
+            timers.schedule(&mut queued, flow, at(1_000_000 + round), WakeReason::Tcp);
+            timers.schedule(&mut queued, flow, at(round), WakeReason::Tcp);
+            timers.prune(1, |_| Some(queued));
+            assert!(timers.heap.len() <= 2 + ENTRIES_MIN);
+            assert_eq!(timers.pop(at(round)), Some((at(round), flow)));
+            assert!(Timers::is_current(&mut queued, at(round)));
+        }
     }
 }
