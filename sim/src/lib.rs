@@ -1,4 +1,7 @@
 //! Replays captures through the engine on virtual time.
 
 pub mod capture;
+pub mod cli;
 pub mod outcome;
+pub mod replay;
+pub mod report;

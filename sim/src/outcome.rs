@@ -148,12 +148,19 @@ pub struct Totals {
     pub repaired_checksums: u64,
     /// Bytes sent by peers after their partner had reset the connection, discarded.
     pub discarded_after_reset: u64,
+    /// Captured bytes of all records, as many as the capture holds of each.
+    pub captured_bytes: u64,
+    /// When the first packet was captured: nanoseconds since the Unix epoch, 0 without packets.
+    pub started: u64,
     /// Time of the last captured packet.
     pub duration: Timestamp,
 }
 
 /// Takes a replay's records as they become final; every method may be called any number of times.
 pub trait Sink {
+    /// When the first packet was captured, in nanoseconds since the Unix epoch; once, before all else, if there is a
+    /// packet at all.
+    fn started(&mut self, unix_nanos: u64);
     /// A captured packet's record, in file order.
     fn packet(&mut self, record: &PacketRecord);
     /// A flow's record, when it has ended; in no particular order.

@@ -1,0 +1,272 @@
+//! The digest: a hash over everything that leaves the engines.
+//!
+//! Each shard hashes its engine's outputs in order (packets, commands with their bytes, events, judgements, bytes that
+//! upstreams took) and the shards' hashes are hashed in order of shards. It depends on nothing but engine inputs and
+//! outputs, so a journal's replay comes to the same, and neither on threads nor on names of files. Per-packet verdicts
+//! and per-flow results are functions of what is hashed.
+
+use std::net::{IpAddr, SocketAddr};
+
+use sha2::{Digest as _, Sha256};
+use tungate_engine::event::{CloseReason, Event};
+use tungate_engine::io::{PacketOut, UpstreamCommand, UpstreamError};
+use tungate_engine::policy::{Action, RuleRef};
+use tungate_engine::{FlowId, Judgement, ShardId, Timestamp};
+
+use super::stream::hex;
+
+/// Enough that hashing runs over whole blocks.
+const BUFFER: usize = 16 << 10;
+
+/// One shard's part of the digest.
+pub(super) struct Digest {
+    hash: Sha256,
+    buffer: Vec<u8>,
+}
+
+impl Digest {
+    pub(super) fn new() -> Self {
+        Self {
+            hash: Sha256::new(),
+            buffer: Vec::with_capacity(BUFFER + (1 << 16)),
+        }
+    }
+
+    /// A packet that the engine sent. What cuts it up and finishes its checksum is a function of these.
+    pub(super) fn packet(&mut self, at: Timestamp, out: &PacketOut, bytes: &[u8]) {
+        self.tag(1);
+        self.number(at.as_nanos());
+        self.flow(out.flow);
+        self.short(out.partial_checksum.map_or(0, |field| field + 1));
+        self.short(out.segment_size.map_or(0, |size| size.get()));
+        self.bytes(bytes);
+        self.flush();
+    }
+
+    pub(super) fn command(&mut self, at: Timestamp, flow: FlowId, command: &UpstreamCommand<'_>) {
+        self.tag(2);
+        self.number(at.as_nanos());
+        self.number(flow.as_u64());
+        match command {
+            UpstreamCommand::Open(open) => {
+                self.tag(0);
+                self.tag(open.protocol as u8);
+                self.address(open.client);
+                self.address(open.target);
+                self.short(open.egress.map_or(0, |egress| egress.0 + 1));
+            }
+            UpstreamCommand::Readable => self.tag(1),
+            UpstreamCommand::Writable => self.tag(2),
+            UpstreamCommand::CloseWrite => self.tag(3),
+            UpstreamCommand::Send {
+                target,
+                payload,
+                segment_size,
+                hop_limit,
+            } => {
+                self.tag(4);
+                self.address(*target);
+                self.short(segment_size.map_or(0, |size| size.get()));
+                self.tag(*hop_limit);
+                self.bytes(payload);
+            }
+            UpstreamCommand::Echo {
+                sequence,
+                payload,
+                hop_limit,
+            } => {
+                self.tag(5);
+                self.short(*sequence);
+                self.tag(*hop_limit);
+                self.bytes(payload);
+            }
+            UpstreamCommand::Close => self.tag(6),
+            UpstreamCommand::Abort => self.tag(7),
+        }
+        self.flush();
+    }
+
+    pub(super) fn event(&mut self, at: Timestamp, event: &Event) {
+        self.tag(3);
+        self.number(at.as_nanos());
+        match event {
+            Event::Dropped { reason, rule, flow } => {
+                self.tag(0);
+                self.tag(*reason as u8);
+                self.rule(*rule);
+                self.flow(*flow);
+            }
+            Event::Opened {
+                flow,
+                ingress,
+                protocol,
+                client,
+                target,
+                action,
+                rule,
+            } => {
+                self.tag(1);
+                self.number(flow.as_u64());
+                self.short(ingress.0);
+                self.tag(*protocol as u8);
+                self.address(*client);
+                self.address(*target);
+                self.action(*action);
+                self.rule(Some(*rule));
+            }
+            Event::Established { flow } => {
+                self.tag(2);
+                self.number(flow.as_u64());
+            }
+            Event::Closed {
+                flow,
+                reason,
+                to_upstream,
+                to_client,
+            } => {
+                self.tag(3);
+                self.number(flow.as_u64());
+                self.close(*reason);
+                self.number(*to_upstream);
+                self.number(*to_client);
+            }
+            Event::Named { flow, name } => {
+                self.tag(4);
+                self.number(flow.as_u64());
+                self.bytes(name.as_bytes());
+            }
+        }
+    }
+
+    /// What became of a packet; also where the engine forwards it.
+    pub(super) fn judgement(&mut self, judgement: &Judgement) {
+        self.tag(4);
+        self.tag(judgement.dropped.map_or(0, |reason| reason as u8 + 1));
+        self.rule(judgement.rule);
+        self.flow(judgement.flow);
+    }
+
+    pub(super) fn forward(&mut self, shard: ShardId, bytes: &[u8]) {
+        self.tag(5);
+        self.tag(shard.0);
+        self.bytes(bytes);
+        self.flush();
+    }
+
+    /// Bytes that an upstream took.
+    pub(super) fn read(&mut self, flow: FlowId, bytes: &[u8]) {
+        self.tag(6);
+        self.number(flow.as_u64());
+        self.bytes(bytes);
+        self.flush();
+    }
+
+    /// The hash of all this.
+    pub(super) fn finish(mut self) -> [u8; 32] {
+        self.hash.update(&self.buffer);
+        self.hash.finalize().into()
+    }
+
+    fn tag(&mut self, tag: u8) {
+        self.buffer.push(tag);
+    }
+
+    fn short(&mut self, number: u16) {
+        self.buffer.extend_from_slice(&number.to_le_bytes());
+    }
+
+    fn number(&mut self, number: u64) {
+        self.buffer.extend_from_slice(&number.to_le_bytes());
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) {
+        self.buffer.extend_from_slice(&(bytes.len() as u32).to_le_bytes());
+        self.buffer.extend_from_slice(bytes);
+    }
+
+    fn flow(&mut self, flow: Option<FlowId>) {
+        self.number(flow.map_or(u64::MAX, FlowId::as_u64));
+    }
+
+    fn address(&mut self, address: SocketAddr) {
+        match address.ip() {
+            IpAddr::V4(ip) => self.bytes(&ip.octets()),
+            IpAddr::V6(ip) => self.bytes(&ip.octets()),
+        }
+        self.short(address.port());
+    }
+
+    fn rule(&mut self, rule: Option<RuleRef>) {
+        let (kind, index) = match rule {
+            None => (0, 0),
+            Some(RuleRef::List(index)) => (1, index),
+            Some(RuleRef::Rule(index)) => (2, index),
+            Some(RuleRef::Default) => (3, 0),
+        };
+        self.tag(kind);
+        self.buffer.extend_from_slice(&index.to_le_bytes());
+    }
+
+    fn action(&mut self, action: Action) {
+        match action {
+            Action::Direct => self.tag(0),
+            Action::Egress(egress) => {
+                self.tag(1);
+                self.short(egress.0);
+            }
+            Action::Redirect(to) => {
+                self.tag(2);
+                self.address(to);
+            }
+            Action::Reject => self.tag(3),
+            Action::Drop => self.tag(4),
+        }
+    }
+
+    fn close(&mut self, reason: CloseReason) {
+        self.bytes(reason.name().as_bytes());
+        match reason {
+            CloseReason::Denied(rule) => self.rule(Some(rule)),
+            CloseReason::ConnectFailed(error) => self.error(error),
+            CloseReason::Finished
+            | CloseReason::ClientReset
+            | CloseReason::UpstreamReset
+            | CloseReason::ConnectTimeout
+            | CloseReason::HandshakeTimeout
+            | CloseReason::IdleTimeout
+            | CloseReason::HalfCloseTimeout
+            | CloseReason::ClientUnresponsive
+            | CloseReason::Replaced
+            | CloseReason::Evicted
+            | CloseReason::BufferLimit
+            | CloseReason::Internal => {}
+        }
+    }
+
+    fn error(&mut self, error: UpstreamError) {
+        match error {
+            UpstreamError::Refused => self.tag(0),
+            UpstreamError::Unreachable(why) => {
+                self.tag(1);
+                self.tag(why as u8);
+            }
+            UpstreamError::TimedOut => self.tag(2),
+            UpstreamError::Egress => self.tag(3),
+            UpstreamError::Exhausted => self.tag(4),
+        }
+    }
+
+    fn flush(&mut self) {
+        if self.buffer.len() >= BUFFER {
+            self.hash.update(&self.buffer);
+            self.buffer.clear();
+        }
+    }
+}
+
+/// The digest of a run: the hashes of its shards, in their order.
+pub(super) fn combine(shards: &[[u8; 32]]) -> String {
+    let mut hash = Sha256::new();
+    shards.iter().for_each(|shard| hash.update(shard));
+    hex(&hash.finalize())
+}
