@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use common::frames::{address4, address6, entry, frame, lists};
-use common::model::{Expected, judge};
+use common::model::{Expected, ip_packet, judge};
 use ipnet::IpNet;
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -15,8 +15,9 @@ use proptest::strategy::ValueTree;
 use proptest::test_runner::{FileFailurePersistence, TestRunner};
 use tungate_bpf_abi as abi;
 use tungate_bpf_abi::map;
+use tungate_engine::packet::PacketView;
 use tungate_engine::policy::{
-    Action as RuleAction, ListAction, ListEntry, ListProtocol, PolicySpec, PortRange, Rule, RuleMatch,
+    Action as RuleAction, ListAction, ListEntry, ListProtocol, Lists, PolicySpec, PortRange, Rule, RuleMatch,
     RuleRef,
 };
 use tungate_prefilter::{
@@ -74,7 +75,7 @@ proptest! {
     #![proptest_config(config())]
 
     #[test]
-    fn the_program_decides_as_the_model_does(lists in lists(), frames in vec(frame(), 1..20)) {
+    fn the_program_decides_as_the_model_does(lists in lists(), frames in vec(frame(), 1..120)) {
         let mut vm = vm(&lists);
         for frame in frames {
             let verdict = vm.run(&frame).expect("no frame makes the program fail");
@@ -83,9 +84,31 @@ proptest! {
     }
 
     #[test]
+    fn the_engine_drops_what_the_program_drops_by_the_same_entry(
+        lists in lists(),
+        frames in vec(frame(), 1..120),
+    ) {
+        let mut vm = vm(&lists);
+        let engine = Lists::new(&lists);
+        for frame in frames {
+            let verdict = vm.run(&frame).expect("no frame makes the program fail");
+            let dropped = ip_packet(&frame).and_then(|(version, packet)| {
+                let view = PacketView::parse(packet).ok()?;
+                let (source, destination) = (view.source(), view.destination());
+                let found = engine.judge(source, destination, view.protocol(), view.port(), NOW)?;
+                // The engine has no Ethernet header that could say something else.
+                let is_same_version = source.is_ipv4() == (version == 4);
+                (found.action == ListAction::Deny && is_same_version).then_some(RuleRef::List(found.entry))
+            });
+            let by_program = verdict.rule.filter(|_| verdict.action == Action::Drop);
+            prop_assert_eq!(by_program, dropped, "frame {:02x?}", frame);
+        }
+    }
+
+    #[test]
     fn entries_of_length_0_leave_packets_to_the_host_alone(
         lists in vec(wide_entry(), 1..6),
-        frames in vec(frame(), 1..20),
+        frames in vec(frame(), 1..120),
         local in vec(local_address(), 0..4),
     ) {
         let mut vm = vm(&lists);

@@ -250,8 +250,8 @@ pub fn pinned(folder: &Path) -> Result<Vec<String>, KernelError> {
     Ok(interfaces)
 }
 
-/// Removes the link that is pinned in `folder` for `interface`, and with it the program, unless a process holds it.
-/// Returns whether there was one.
+/// Removes the link that is pinned in `folder` for `interface`, and with it, in a moment, the program,
+/// unless a process holds it. Returns whether there was one.
 ///
 /// # Errors
 ///

@@ -330,9 +330,11 @@ impl<A: Address> Family<A> {
         &self.tree
     }
 
-    /// All keys the map holds.
-    pub(crate) fn prefixes(&self) -> impl Iterator<Item = Prefix<A>> {
-        self.nodes.keys().copied()
+    /// All keys the map holds, with the rules of the prefix itself.
+    pub(crate) fn prefixes(&self) -> impl Iterator<Item = (Prefix<A>, &[u32])> {
+        self.nodes
+            .iter()
+            .map(|(&prefix, node)| (prefix, node.members.as_slice()))
     }
 
     /// The rules that decide about addresses whose longest key is `prefix`: its own, then those of ever shorter

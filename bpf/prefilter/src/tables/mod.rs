@@ -183,14 +183,8 @@ impl Tables {
             first: 0,
             cells: vec![Cell::default()],
         };
-        let groups4 = self
-            .family4
-            .groups(self.family4.prefixes(), &self.entries, &mut cells)
-            .collect::<Vec<_>>();
-        let groups6 = self
-            .family6
-            .groups(self.family6.prefixes(), &self.entries, &mut cells)
-            .collect::<Vec<_>>();
+        let groups4 = self.family4.all_groups(&self.entries, &mut cells);
+        let groups6 = self.family6.all_groups(&self.entries, &mut cells);
         let mut settings = Settings {
             default4: cells.group(self.family4.members((0, 0)), &self.entries),
             default6: cells.group(self.family6.members((0, 0)), &self.entries),
@@ -446,6 +440,24 @@ impl Cells {
 }
 
 impl<A: Address> Family<A> {
+    /// All keys and groups.
+    fn all_groups(&self, entries: &[ListEntry], cells: &mut Cells) -> Vec<(A::Key, Group)> {
+        let mut chain = Vec::new();
+        let mut groups = Vec::with_capacity(self.len());
+        for (prefix, members) in self.prefixes() {
+            // Most prefixes have one entry, for all packets: no need to look for others around them.
+            let group = match *members {
+                [rule] if fits_all(&entries[rule as usize]) => cells.group(members, entries),
+                _ => {
+                    self.chain(prefix, entries, &mut chain);
+                    cells.group(&chain, entries)
+                }
+            };
+            groups.push((prefix.0.key(prefix.1), group));
+        }
+        groups
+    }
+
     /// Keys and groups of `prefixes`.
     fn groups(
         &self,

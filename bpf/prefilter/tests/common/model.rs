@@ -95,6 +95,14 @@ impl<'a> Cursor<'a> {
 
 /// Reads an Ethernet frame; `None` if lists have nothing to say about it.
 pub(crate) fn read_ethernet(frame: &[u8]) -> Option<Seen> {
+    match ip_packet(frame)? {
+        (4, packet) => read_v4(packet),
+        (_, packet) => read_v6(packet),
+    }
+}
+
+/// The IP version that the Ethernet header names, and what is behind that header.
+pub(crate) fn ip_packet(frame: &[u8]) -> Option<(u8, &[u8])> {
     let mut cursor = Cursor(frame);
     let _macs: [u8; 12] = cursor.take()?;
     let mut tags = 0;
@@ -104,8 +112,8 @@ pub(crate) fn read_ethernet(frame: &[u8]) -> Option<Seen> {
                 tags += 1;
                 cursor.skip(2)?;
             }
-            0x0800 => return read_v4(cursor.0),
-            0x86dd => return read_v6(cursor.0),
+            0x0800 => return Some((4, cursor.0)),
+            0x86dd => return Some((6, cursor.0)),
             _ => return None,
         }
     }
