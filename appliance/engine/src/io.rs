@@ -75,8 +75,8 @@ pub enum UpstreamEvent<'a> {
         #[serde(borrow, with = "serde_bytes")]
         payload: &'a [u8],
     },
-    /// An ICMP error about something that a UDP or ICMP flow sent to `target`. `reporter` is the router or host
-    /// that says so, where known.
+    /// An ICMP error about something that a UDP or ICMP flow sent to `target`; for ICMP the port is the sequence
+    /// number of the echo request. `reporter` is the router or host that says so, where known.
     Error {
         target: SocketAddr,
         reporter: Option<IpAddr>,

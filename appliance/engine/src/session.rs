@@ -167,7 +167,7 @@ impl Session {
 /// Where an error is reported to, and from.
 pub(crate) struct ErrorReport<'a> {
     pub(crate) session: &'a Session,
-    /// What the client believed to send to.
+    /// What the client believed to send to; for ICMP the port is the request's sequence number.
     pub(crate) target: SocketAddr,
     /// Who reports it.
     pub(crate) reporter: IpAddr,
@@ -188,7 +188,7 @@ impl ErrorReport<'_> {
             Protocol::Icmp => {
                 let echo = Echo {
                     identifier: client.port(),
-                    sequence: 0,
+                    sequence: self.target.port(),
                     payload: &[],
                 };
                 Datagram::echo_request(source, target.ip(), echo)

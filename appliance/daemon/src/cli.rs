@@ -1,0 +1,83 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// A transparent proxy appliance that ends every TCP and UDP flow in user space and relays it as its policy says.
+#[derive(Parser)]
+#[command(name = "tungate", version, max_term_width = 110)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Relays the traffic of this host, or of clients that it routes for
+    Run(Run),
+    /// Says whether a configuration is sound, and what is wrong with it
+    Check(Check),
+    /// Says what the policy does with a flow, and by which list entry or rule
+    Why(Why),
+    /// Removes what an appliance that was killed has left on this host
+    Cleanup,
+}
+
+#[derive(Args)]
+pub(crate) struct Policy {
+    /// The configuration; without one everything goes direct
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub(crate) struct Run {
+    #[command(flatten)]
+    pub(crate) policy: Policy,
+
+    /// Relay for the clients behind this interface instead of for this host; may be given several times
+    #[arg(long, value_name = "INTERFACE")]
+    pub(crate) from: Vec<String>,
+
+    /// Print every change that would be made to this host, and make none
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+
+    /// If the appliance dies, let traffic go its usual way; otherwise it is refused until the next run or cleanup
+    #[arg(long)]
+    pub(crate) fail_open: bool,
+
+    /// Record everything that enters the engine, so that `replay` can repeat it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) journal: Option<PathBuf>,
+
+    /// Write the log as JSON, one object per line
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct Check {
+    /// The configuration
+    #[arg(required_unless_present = "show_defaults")]
+    pub(crate) file: Option<PathBuf>,
+
+    /// Print a configuration with every key, its meaning and its default
+    #[arg(long, conflicts_with = "file")]
+    pub(crate) show_defaults: bool,
+
+    /// Print mistakes as JSON
+    #[arg(long, conflicts_with = "show_defaults")]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct Why {
+    #[command(flatten)]
+    pub(crate) policy: Policy,
+
+    /// The flow, as in `tcp 192.0.2.7:443`, `udp [2001:db8::1]:53 from 10.0.0.2` or `icmp 192.0.2.7`
+    #[arg(required = true, value_name = "FLOW")]
+    pub(crate) flow: Vec<String>,
+}

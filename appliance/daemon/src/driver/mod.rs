@@ -1,0 +1,226 @@
+//! The driver: threads that carry packets between a device, engines and sockets.
+
+mod clock;
+mod device;
+mod exchange;
+mod machine;
+mod shard;
+mod world;
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use tokio::sync::mpsc;
+use tungate_engine::journal::Header;
+use tungate_engine::{Config, Counters, Policy, ShardId};
+
+pub(crate) use clock::Clock;
+pub(crate) use device::{Device, TRANSMIT_QUEUE_LEN};
+pub(crate) use exchange::{Mailbox, Message};
+pub(crate) use machine::{Journal, Machine};
+
+use crate::egress::{Dialer, Egresses};
+
+/// More shards than this share a machine's memory bandwidth, not its cores.
+const SHARDS_MAX: usize = 4;
+
+/// How many shards this host should have.
+pub(crate) fn default_shards() -> u8 {
+    std::thread::available_parallelism().map_or(1, |cores| cores.get().min(SHARDS_MAX)) as u8
+}
+
+/// What a driver is started with.
+pub(crate) struct Settings {
+    /// For the whole appliance; each shard gets its share.
+    pub(crate) config: Config,
+    pub(crate) policy: Arc<Policy>,
+    pub(crate) egresses: Arc<Egresses>,
+    pub(crate) dialer: Dialer,
+    pub(crate) device: Device,
+    /// An empty file to write a journal to.
+    pub(crate) journal: Option<File>,
+}
+
+/// What shards report.
+#[derive(Debug)]
+pub(crate) enum Report {
+    /// A shard that drains has no more TCP flows.
+    Drained,
+    /// A shard has ended.
+    Ended(Result<Box<Totals>, String>),
+}
+
+/// What a shard has counted.
+#[derive(Debug)]
+pub(crate) struct Totals {
+    pub(crate) counters: Counters,
+    /// Packets that the device refused.
+    pub(crate) lost_by_device: u64,
+    /// Packets that found another shard too busy.
+    pub(crate) lost_between_shards: u64,
+}
+
+/// The running shards.
+pub(crate) struct Driver {
+    threads: Vec<JoinHandle<()>>,
+    mailboxes: Arc<[Arc<Mailbox>]>,
+    reports: mpsc::UnboundedReceiver<Report>,
+    journal: Option<Journal>,
+    pub(crate) clock: Clock,
+}
+
+impl Driver {
+    /// Starts a thread for each queue of the device.
+    ///
+    /// # Errors
+    ///
+    /// If the system has no more descriptors or threads, or the journal cannot be written.
+    pub(crate) fn start(settings: Settings) -> io::Result<Self> {
+        let Settings {
+            config,
+            policy,
+            egresses,
+            dialer,
+            device,
+            journal,
+        } = settings;
+        let clock = Clock::start();
+        let start = clock.now();
+        let shards = device.queues.len() as u8;
+        let config = Config {
+            shards,
+            shard: ShardId(0),
+            limits: config.limits.share(shards),
+            ..config
+        };
+        let mut seed = [0; 32];
+        getrandom::fill(&mut seed)?;
+        let journal = match journal {
+            None => None,
+            Some(file) => {
+                let header = Header {
+                    config: config.clone(),
+                    policy: policy.spec().clone(),
+                    seed,
+                    start,
+                };
+                Some(Journal::start(file, &header)?)
+            }
+        };
+        let mut polls = Vec::new();
+        let mut mailboxes = Vec::new();
+        for _ in 0..shards {
+            let (poll, mailbox) = shard::prepare()?;
+            polls.push(poll);
+            mailboxes.push(Arc::new(mailbox));
+        }
+        let mailboxes: Arc<[_]> = mailboxes.into();
+        let buffers = Arc::new(exchange::Buffers::new());
+        let (sender, reports) = mpsc::unbounded_channel();
+        let mut threads = Vec::new();
+        for (index, (queue, poll)) in device.queues.into_iter().zip(polls).enumerate() {
+            let parts = shard::Parts {
+                config: Config {
+                    shard: ShardId(index as u8),
+                    ..config.clone()
+                },
+                policy: policy.clone(),
+                egresses: egresses.clone(),
+                seed,
+                start,
+                clock,
+                journal: journal.clone(),
+                queue,
+                udp_segmentation: device.udp_segmentation,
+                poll,
+                mailboxes: mailboxes.clone(),
+                buffers: buffers.clone(),
+                dialer: dialer.clone(),
+                reports: sender.clone(),
+            };
+            let end = EndReport::new(sender.clone());
+            let run = move || end.finish(shard::run(parts));
+            threads.push(
+                std::thread::Builder::new()
+                    .name(format!("shard {index}"))
+                    .spawn(run)?,
+            );
+        }
+        Ok(Self {
+            threads,
+            mailboxes,
+            reports,
+            journal,
+            clock,
+        })
+    }
+
+    /// Tells all shards something.
+    pub(crate) fn tell(&self, message: impl Fn() -> Message) {
+        for mailbox in self.mailboxes.iter() {
+            mailbox.send(message());
+        }
+    }
+
+    /// How many shards there are.
+    pub(crate) fn shards(&self) -> usize {
+        self.mailboxes.len()
+    }
+
+    /// The next report of any shard.
+    pub(crate) async fn report(&mut self) -> Report {
+        match self.reports.recv().await {
+            Some(report) => report,
+            None => std::future::pending().await, // each shard's end has been reported
+        }
+    }
+
+    /// Ends all shards and returns what they have counted. Nothing of their flows is left.
+    pub(crate) async fn stop(mut self) -> Vec<Totals> {
+        self.tell(|| Message::Stop);
+        let mut totals = Vec::new();
+        // The shards' senders go with them.
+        while let Some(report) = self.reports.recv().await {
+            match report {
+                Report::Ended(Ok(counted)) => totals.push(*counted),
+                Report::Ended(Err(error)) => tracing::error!(error, "a shard has failed"),
+                Report::Drained => {}
+            }
+        }
+        for thread in self.threads {
+            let _ = thread.join(); // a panic has been reported
+        }
+        if let Some(Err(error)) = self.journal.map(|journal| journal.finish()) {
+            tracing::error!(%error, "the journal cannot be written to its end");
+        }
+        totals
+    }
+}
+
+/// Reports a shard's end, also when it panics.
+struct EndReport {
+    reports: mpsc::UnboundedSender<Report>,
+    result: Result<Box<Totals>, String>,
+}
+
+impl EndReport {
+    fn new(reports: mpsc::UnboundedSender<Report>) -> Self {
+        Self {
+            reports,
+            result: Err("it panicked, which is a bug worth a report".to_owned()),
+        }
+    }
+
+    fn finish(mut self, result: io::Result<Totals>) {
+        self.result = result.map(Box::new).map_err(|error| error.to_string());
+    }
+}
+
+impl Drop for EndReport {
+    fn drop(&mut self) {
+        let result = std::mem::replace(&mut self.result, Err(String::new()));
+        let _ = self.reports.send(Report::Ended(result));
+    }
+}

@@ -1,0 +1,436 @@
+//! One shard: a thread with a queue of the device, an engine and the sockets of its flows.
+//!
+//! The thread waits in one place, its poll, for whatever comes first: packets, ready sockets, messages, the engine's
+//! deadline. A turn takes what is there: up to [`PACKETS_PER_TURN`] packets into the engine, a turn for each flow whose
+//! socket or buffers have news, then the flush that sends everything. While there is more to do the poll is only
+//! asked, so nothing starves; when there is nothing the thread sleeps.
+//!
+//! Sockets are watched by the poll directly (edge-triggered, one registration for a socket's life, its flow's id as
+//! the token), not by a runtime's tasks: there is no waker, task or lock per flow, and an event leads to its flow
+//! by an index.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token, Waker};
+use tungate_engine::io::{UpstreamError, UpstreamEvent};
+use tungate_engine::packet::PacketView;
+use tungate_engine::{
+    Config, Deadline, Engine, FlowId, IngressId, Input, PacketIn, Policy, ShardId, Timestamp, World, shard,
+};
+
+use super::clock::Clock;
+use super::device::{Reader, Writer, split};
+use super::exchange::{Buffers, Mailbox, Message};
+use super::machine::{Journal, Machine};
+use super::world::{Flows, Losses, News, ShardWorld, flow_of};
+use super::{Report, Totals};
+use crate::egress::{Dialer, Egresses};
+use crate::upstream::{Readiness, Tcp, Upstream};
+
+/// Packets read before flows have their turn.
+const PACKETS_PER_TURN: usize = 32;
+/// Datagrams received for one flow before others have their turn.
+const DATAGRAMS_PER_TURN: usize = 32;
+/// Turns of flows and flushes before the poll is asked.
+const ROUNDS_PER_TURN: usize = 4;
+/// What one poll reports at most.
+const EVENTS: usize = 1024;
+
+const DEVICE: Token = Token(usize::MAX);
+const MAILBOX: Token = Token(usize::MAX - 1);
+
+/// The ingress of the one device there is.
+const INGRESS: IngressId = IngressId(0);
+
+/// What a shard is made of, before its thread runs.
+pub(super) struct Parts {
+    pub(super) config: Config,
+    pub(super) policy: Arc<Policy>,
+    pub(super) egresses: Arc<Egresses>,
+    pub(super) seed: [u8; 32],
+    pub(super) start: Timestamp,
+    pub(super) clock: Clock,
+    pub(super) journal: Option<Journal>,
+    pub(super) queue: OwnedFd,
+    pub(super) udp_segmentation: bool,
+    pub(super) poll: Poll,
+    pub(super) mailboxes: Arc<[Arc<Mailbox>]>,
+    pub(super) buffers: Arc<Buffers>,
+    pub(super) dialer: Dialer,
+    pub(super) reports: tokio::sync::mpsc::UnboundedSender<Report>,
+}
+
+/// The poll and mailbox of a shard to be.
+pub(super) fn prepare() -> io::Result<(Poll, Mailbox)> {
+    let poll = Poll::new()?;
+    let waker = Waker::new(poll.registry(), MAILBOX)?;
+    Ok((poll, Mailbox::new(waker)))
+}
+
+/// A running shard.
+struct Shard {
+    id: ShardId,
+    shards: u8,
+    machine: Machine,
+    world: ShardWorld,
+    reader: Reader,
+    poll: Poll,
+    mailbox: Arc<Mailbox>,
+    clock: Clock,
+    /// For datagrams on their way to the engine.
+    buffer: Box<[u8]>,
+    draining: bool,
+    reports: tokio::sync::mpsc::UnboundedSender<Report>,
+}
+
+/// Runs a shard until it is told to stop.
+///
+/// # Errors
+///
+/// When the device is gone, or the poll fails.
+pub(super) fn run(parts: Parts) -> io::Result<Totals> {
+    let Parts {
+        config,
+        policy,
+        egresses,
+        seed,
+        start,
+        clock,
+        journal,
+        queue,
+        udp_segmentation,
+        poll,
+        mailboxes,
+        buffers,
+        dialer,
+        reports,
+    } = parts;
+    let (id, shards) = (config.shard, config.shards);
+    let (reader, device): (Reader, Writer) = split(queue, udp_segmentation);
+    poll.registry().register(
+        &mut SourceFd(&reader.as_raw_fd()),
+        DEVICE,
+        Interest::READABLE | Interest::WRITABLE,
+    )?;
+    let world = ShardWorld {
+        device,
+        flows: Flows::default(),
+        news: Default::default(),
+        tcp_flows: 0,
+        policy: policy.clone(),
+        egresses,
+        now: start,
+        losses: Losses::default(),
+        mailboxes: mailboxes.clone(),
+        to_wake: 0,
+        buffers,
+        shard: id,
+        registry: poll.registry().try_clone()?,
+        dialer,
+    };
+    let engine = Engine::new(config, policy, seed, start);
+    let mut shard = Shard {
+        id,
+        shards,
+        machine: Machine::new(engine, id, journal),
+        world,
+        reader,
+        poll,
+        mailbox: mailboxes[usize::from(id.0)].clone(),
+        clock,
+        buffer: vec![0; usize::from(u16::MAX)].into_boxed_slice(),
+        draining: false,
+        reports,
+    };
+    shard.machine.handle(
+        start,
+        Input::WallClock(shard.clock.wall_offset()),
+        &mut shard.world,
+    );
+    shard.run()?;
+    Ok(shard.totals())
+}
+
+impl Shard {
+    fn run(&mut self) -> io::Result<()> {
+        let mut events = Events::with_capacity(EVENTS);
+        let mut deadline: Option<Deadline> = None;
+        loop {
+            let timeout = if self.has_more() {
+                Some(Duration::ZERO)
+            } else {
+                deadline.map(|deadline| deadline.at.since(self.clock.now()))
+            };
+            match self.poll.poll(&mut events, timeout) {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+                Ok(()) | Err(_) => {}
+            }
+            self.world.now = self.clock.now();
+            let mut has_mail = false;
+            for event in &events {
+                match event.token() {
+                    DEVICE => {
+                        self.reader.readable |= event.is_readable() || event.is_error();
+                        if event.is_writable() {
+                            self.world.device.on_writable();
+                        }
+                    }
+                    MAILBOX => has_mail = true,
+                    token => self.world.flows.on_ready(flow_of(token), Readiness::from(event)),
+                }
+            }
+            if has_mail && !self.take_messages() {
+                return Ok(());
+            }
+            self.take_parcels();
+            self.read_packets()?;
+            deadline = self.work();
+            if self.draining && self.world.tcp_flows == 0 {
+                self.draining = false;
+                let _ = self.reports.send(Report::Drained);
+            }
+        }
+    }
+
+    /// Whether there is something to do without the poll's telling so.
+    fn has_more(&self) -> bool {
+        (self.reader.readable && self.world.has_room())
+            || self.world.flows.queued() > 0
+            || !self.world.news.is_empty()
+            || !self.mailbox.packets.is_empty()
+    }
+
+    /// Returns whether to go on.
+    fn take_messages(&mut self) -> bool {
+        while let Some(message) = self.mailbox.receive() {
+            match message {
+                Message::Policy(policy, egresses) => {
+                    self.world.policy = policy.clone();
+                    self.world.egresses = egresses;
+                    self.handle(Input::Policy(policy));
+                }
+                Message::WallClock(offset) => self.handle(Input::WallClock(offset)),
+                Message::Drain => {
+                    self.draining = true;
+                    self.handle(Input::Drain);
+                }
+                Message::Stop => {
+                    self.work();
+                    return false;
+                }
+                Message::Dialed(id, Ok(socket)) => {
+                    if self.world.detach(id).is_some() {
+                        self.world.attach(id, Upstream::Tcp(Tcp::connected(socket)));
+                        self.handle(Input::Upstream(id, UpstreamEvent::Connected));
+                    }
+                }
+                Message::Associated(id, Ok(association)) => {
+                    if let Some(Upstream::Associating(associating)) = self.world.detach(id) {
+                        let relayed = associating.finish(association);
+                        self.world.attach(id, Upstream::Relayed(relayed));
+                    }
+                }
+                Message::Dialed(id, Err(error)) | Message::Associated(id, Err(error)) => {
+                    self.world.detach(id);
+                    self.handle(Input::Upstream(id, UpstreamEvent::Failed(error)));
+                }
+            }
+        }
+        true
+    }
+
+    fn take_parcels(&mut self) {
+        for _ in 0..PACKETS_PER_TURN {
+            let Some(parcel) = self.mailbox.packets.pop() else {
+                return;
+            };
+            self.machine
+                .handle(self.world.now, Input::Packet(parcel.packet()), &mut self.world);
+            self.world.buffers.give_back(parcel);
+        }
+    }
+
+    /// Reads packets from the device into the engine, or into the mailbox of the shard that owns them.
+    fn read_packets(&mut self) -> io::Result<()> {
+        for _ in 0..PACKETS_PER_TURN {
+            if !self.reader.readable || !self.world.has_room() {
+                break;
+            }
+            let Some(received) = self.reader.read()? else {
+                break;
+            };
+            let packet = PacketIn {
+                ingress: INGRESS,
+                bytes: received.bytes,
+                checksum: received.checksum,
+                segment_size: received.segment_size,
+            };
+            // What cannot be parsed is anybody's: it is dropped and counted.
+            let owner = match PacketView::parse(packet.bytes) {
+                Ok(view) if self.shards > 1 => shard::owner(&view, self.shards),
+                Ok(_) | Err(_) => self.id,
+            };
+            if owner == self.id {
+                self.machine
+                    .handle(self.world.now, Input::Packet(packet), &mut self.world);
+            } else {
+                self.world.forward(owner, packet);
+            }
+        }
+        self.wake_others();
+        Ok(())
+    }
+
+    fn wake_others(&mut self) {
+        let to_wake = std::mem::take(&mut self.world.to_wake);
+        for (index, mailbox) in self.world.mailboxes.iter().enumerate() {
+            if to_wake & 1 << index != 0 {
+                mailbox.wake();
+            }
+        }
+    }
+
+    /// Gives flows their turns and flushes, until there is nothing to do or others have waited long enough.
+    fn work(&mut self) -> Option<Deadline> {
+        let mut deadline = None;
+        for _ in 0..ROUNDS_PER_TURN {
+            for _ in 0..self.world.flows.queued() {
+                if let Some(id) = self.world.flows.next_ready() {
+                    self.give_turn(id);
+                }
+            }
+            self.tell_news();
+            self.world.now = self.clock.now();
+            deadline = self.machine.flush(self.world.now, &mut self.world);
+            if self.world.flows.queued() == 0 && self.world.news.is_empty() {
+                break;
+            }
+        }
+        self.wake_others();
+        deadline
+    }
+
+    fn give_turn(&mut self, id: FlowId) {
+        let now = self.world.now;
+        let Some(entry) = self.world.flows.get_mut(id) else {
+            return;
+        };
+        match &mut entry.upstream {
+            Some(Upstream::Tcp(tcp)) => {
+                let progress = tcp.turn(id, now, &mut self.machine);
+                if progress.again {
+                    self.world.flows.queue(id);
+                }
+                let Some(news) = progress.news else { return };
+                match news {
+                    // Nothing more comes from it, and nothing goes to it.
+                    UpstreamEvent::Failed(_) | UpstreamEvent::Reset => drop(self.world.detach(id)),
+                    UpstreamEvent::Connected
+                    | UpstreamEvent::ReadClosed
+                    | UpstreamEvent::Datagram { .. }
+                    | UpstreamEvent::EchoReply { .. }
+                    | UpstreamEvent::Error { .. } => {}
+                }
+                self.handle(Input::Upstream(id, news));
+            }
+            Some(Upstream::Relayed(relayed)) => {
+                if relayed.in_doubt && relayed.has_ended() {
+                    drop(self.world.detach(id));
+                    self.handle(Input::Upstream(id, UpstreamEvent::Failed(UpstreamError::Egress)));
+                } else {
+                    self.give_session_turn(id);
+                }
+            }
+            Some(Upstream::Udp(_) | Upstream::Ping(_)) => self.give_session_turn(id),
+            Some(Upstream::Dialing(_) | Upstream::Associating(_)) | None => {}
+        }
+    }
+
+    /// Takes errors and datagrams, or echo replies, from a session's socket.
+    fn give_session_turn(&mut self, id: FlowId) {
+        for _ in 0..DATAGRAMS_PER_TURN {
+            // The session may end at any of them.
+            let Some(entry) = self.world.flows.get_mut(id) else {
+                return;
+            };
+            let input = match &mut entry.upstream {
+                Some(Upstream::Udp(udp)) if udp.error => udp.next_error().map(|error| error.into()),
+                Some(Upstream::Ping(ping)) if ping.error => ping.next_error().map(|error| error.into()),
+                Some(Upstream::Udp(udp)) if udp.readable => {
+                    udp.receive(&mut self.buffer)
+                        .ok()
+                        .map(|received| UpstreamEvent::Datagram {
+                            source: received.source,
+                            payload: &self.buffer[..received.len],
+                            segment_size: received.segment_size,
+                        })
+                }
+                Some(Upstream::Ping(ping)) if ping.readable => {
+                    ping.receive(&mut self.buffer)
+                        .ok()
+                        .map(|reply| UpstreamEvent::EchoReply {
+                            sequence: reply.sequence,
+                            payload: &self.buffer[reply.payload],
+                        })
+                }
+                Some(Upstream::Relayed(relayed)) if relayed.readable => relayed
+                    .receive(&mut self.buffer)
+                    .ok()
+                    .map(|(source, payload)| UpstreamEvent::Datagram {
+                        source,
+                        payload: &self.buffer[payload],
+                        segment_size: None,
+                    }),
+                Some(
+                    Upstream::Udp(_)
+                    | Upstream::Ping(_)
+                    | Upstream::Relayed(_)
+                    | Upstream::Tcp(_)
+                    | Upstream::Dialing(_)
+                    | Upstream::Associating(_),
+                )
+                | None => return,
+            };
+            if let Some(event) = input {
+                self.machine
+                    .handle(self.world.now, Input::Upstream(id, event), &mut self.world);
+            }
+        }
+        self.world.flows.queue(id);
+    }
+
+    /// Tells the engine what came of its commands.
+    fn tell_news(&mut self) {
+        while let Some((id, news)) = self.world.news.pop_front() {
+            let event = match news {
+                News::Failed(error) => {
+                    self.world.detach(id);
+                    UpstreamEvent::Failed(error)
+                }
+                News::SendError { target, error } => UpstreamEvent::Error {
+                    target,
+                    reporter: None,
+                    error,
+                },
+            };
+            self.handle(Input::Upstream(id, event));
+        }
+    }
+
+    fn handle(&mut self, input: Input<'_>) {
+        self.machine.handle(self.world.now, input, &mut self.world);
+    }
+
+    fn totals(&self) -> Totals {
+        let engine = self.machine.engine();
+        Totals {
+            counters: engine.counters().clone(),
+            lost_by_device: self.world.device.lost,
+            lost_between_shards: self.world.losses.handed_over,
+        }
+    }
+}

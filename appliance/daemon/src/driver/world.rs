@@ -1,0 +1,456 @@
+//! The engine's side effects, done with a device and sockets.
+//!
+//! Commands about a flow whose bytes have to move are only noted here, since the engine cannot lend bytes in the midst
+//! of a call: the flow goes on the list of those that have something to do, and the shard gives each its turn.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use mio::unix::SourceFd;
+use mio::{Interest, Registry, Token};
+use tungate_engine::io::{IcmpError, Open, PacketOut, Unreachable, UpstreamCommand, UpstreamError};
+use tungate_engine::policy::{Action, RuleRef};
+use tungate_engine::{CloseReason, Event, FlowId, PacketIn, Policy, Protocol, ShardId, Timestamp, World};
+
+use super::device::Writer;
+use super::exchange::{Buffers, Mailbox};
+use crate::egress::{Dialer, Egresses, Way};
+use crate::upstream::errors::connect_error;
+use crate::upstream::{Associating, Dialing, Ping, Readiness, SocketSetup, Tcp, Udp, Upstream};
+
+/// A shard's world.
+pub(super) struct ShardWorld {
+    pub(super) device: Writer,
+    pub(super) flows: Flows,
+    /// What the engine is to be told as soon as it can be called.
+    pub(super) news: VecDeque<(FlowId, News)>,
+    /// Flows that are TCP.
+    pub(super) tcp_flows: usize,
+    pub(super) policy: Arc<Policy>,
+    pub(super) egresses: Arc<Egresses>,
+    /// The time that events are noted with.
+    pub(super) now: Timestamp,
+    pub(super) losses: Losses,
+    /// All shards' mailboxes, this one's among them.
+    pub(super) mailboxes: Arc<[Arc<Mailbox>]>,
+    /// Shards that have got packets and are to be woken.
+    pub(super) to_wake: u64,
+    pub(super) buffers: Arc<Buffers>,
+    pub(super) shard: ShardId,
+    pub(super) registry: Registry,
+    pub(super) dialer: Dialer,
+}
+
+/// What was lost on this side of the engine.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Losses {
+    /// Packets for another shard, which was too busy.
+    pub(super) handed_over: u64,
+}
+
+/// What the engine is to be told about a flow.
+#[derive(Debug)]
+pub(super) enum News {
+    Failed(UpstreamError),
+    SendError { target: SocketAddr, error: IcmpError },
+}
+
+/// The flows that the engine has told of, by their slots, and which of them have something to do.
+#[derive(Default)]
+pub(super) struct Flows {
+    slots: Vec<Option<Entry>>,
+    ready: VecDeque<FlowId>,
+}
+
+/// A flow, from its opening to its end.
+pub(super) struct Entry {
+    id: FlowId,
+    record: Record,
+    pub(super) upstream: Option<Upstream>,
+    /// It is on the list of those with something to do.
+    queued: bool,
+}
+
+/// What the log says of a flow.
+struct Record {
+    protocol: Protocol,
+    client: SocketAddr,
+    target: SocketAddr,
+    action: Action,
+    rule: RuleRef,
+    /// What `rule` is a rule of.
+    policy: Arc<Policy>,
+    name: Option<String>,
+    opened: Timestamp,
+}
+
+impl Flows {
+    /// The flow `id`, if it has not ended.
+    pub(super) fn get_mut(&mut self, id: FlowId) -> Option<&mut Entry> {
+        let entry = self.slots.get_mut(id.slot() as usize)?.as_mut()?;
+        (entry.id == id).then_some(entry)
+    }
+
+    fn insert(&mut self, id: FlowId, record: Record) {
+        let slot = id.slot() as usize;
+        if slot >= self.slots.len() {
+            self.slots.resize_with(slot + 1, || None);
+        }
+        self.slots[slot] = Some(Entry {
+            id,
+            record,
+            upstream: None,
+            queued: false,
+        });
+    }
+
+    fn remove(&mut self, id: FlowId) -> Option<Entry> {
+        self.get_mut(id)?;
+        self.slots[id.slot() as usize].take()
+    }
+
+    /// Puts a flow on the list of those with something to do.
+    pub(super) fn queue(&mut self, id: FlowId) {
+        if let Some(entry) = self.get_mut(id)
+            && !entry.queued
+        {
+            entry.queued = true;
+            self.ready.push_back(id);
+        }
+    }
+
+    /// How many flows are on that list.
+    pub(super) fn queued(&self) -> usize {
+        self.ready.len()
+    }
+
+    /// Takes the next flow off that list.
+    pub(super) fn next_ready(&mut self) -> Option<FlowId> {
+        let id = self.ready.pop_front()?;
+        if let Some(entry) = self.get_mut(id) {
+            entry.queued = false;
+        }
+        Some(id)
+    }
+
+    /// Takes note of what the poll says of a flow's socket.
+    pub(super) fn on_ready(&mut self, id: FlowId, ready: Readiness) {
+        if let Some(Entry {
+            upstream: Some(upstream),
+            ..
+        }) = self.get_mut(id)
+        {
+            upstream.on_ready(ready);
+            self.queue(id);
+        }
+    }
+}
+
+impl ShardWorld {
+    /// Gives a flow its upstream, and has its socket polled.
+    pub(super) fn attach(&mut self, id: FlowId, upstream: Upstream) {
+        let Some(entry) = self.flows.get_mut(id) else {
+            return;
+        };
+        for socket in upstream.sockets() {
+            let fd = socket.as_raw_fd();
+            let interest = Interest::READABLE | Interest::WRITABLE;
+            if let Err(error) = self.registry.register(&mut SourceFd(&fd), token(id), interest) {
+                tracing::warn!(%error, "cannot watch a socket");
+                self.news.push_back((id, News::Failed(UpstreamError::Exhausted)));
+                return;
+            }
+        }
+        entry.upstream = Some(upstream);
+    }
+
+    /// Lets go of a flow's upstream, and returns it. The poll forgets a socket that is closed.
+    pub(super) fn detach(&mut self, id: FlowId) -> Option<Upstream> {
+        self.flows.get_mut(id)?.upstream.take()
+    }
+
+    fn open(&mut self, id: FlowId, open: &Open) {
+        let egresses = self.egresses.clone();
+        let opened = match egresses.way(open.egress, open.protocol) {
+            Way::Direct(setup) => open_direct(setup, open),
+            Way::Dialed(egress) => {
+                let task = self.dialer.connect(egress.clone(), open, id, self.mailbox());
+                Ok(Upstream::Dialing(Dialing(task)))
+            }
+            Way::Associated(egress) => {
+                let task = self.dialer.associate(egress.clone(), open, id, self.mailbox());
+                Ok(Upstream::Associating(Associating::new(task)))
+            }
+            Way::None => Err(UpstreamError::Unreachable(Unreachable::Prohibited)),
+        };
+        match opened {
+            Ok(upstream) => self.attach(id, upstream),
+            Err(error) => self.news.push_back((id, News::Failed(error))),
+        }
+    }
+
+    fn mailbox(&self) -> Arc<Mailbox> {
+        self.mailboxes[usize::from(self.shard.0)].clone()
+    }
+
+    fn tell_tcp(&mut self, id: FlowId, tell: impl FnOnce(&mut Tcp)) {
+        if let Some(Entry {
+            upstream: Some(Upstream::Tcp(tcp)),
+            ..
+        }) = self.flows.get_mut(id)
+        {
+            tell(tcp);
+            self.flows.queue(id);
+        }
+    }
+
+    fn send(
+        &mut self,
+        id: FlowId,
+        target: SocketAddr,
+        send: impl FnOnce(&mut Upstream) -> Result<(), IcmpError>,
+    ) {
+        let Some(entry) = self.flows.get_mut(id) else {
+            return;
+        };
+        let Some(upstream) = &mut entry.upstream else {
+            return; // it could not be opened, which the engine is about to hear
+        };
+        if let Err(error) = send(upstream) {
+            self.news.push_back((id, News::SendError { target, error }));
+        }
+        let has_error = match upstream {
+            Upstream::Udp(udp) => udp.error,
+            Upstream::Ping(ping) => ping.error,
+            Upstream::Tcp(_) | Upstream::Relayed(_) | Upstream::Dialing(_) | Upstream::Associating(_) => {
+                false
+            }
+        };
+        if has_error {
+            self.flows.queue(id);
+        }
+    }
+
+    fn on_opened(&mut self, id: FlowId, record: Record) {
+        self.tcp_flows += usize::from(record.protocol == Protocol::Tcp);
+        self.flows.insert(id, record);
+    }
+}
+
+/// The token of a flow's socket.
+pub(super) fn token(id: FlowId) -> Token {
+    Token(id.as_u64() as usize)
+}
+
+/// The flow of a token.
+pub(super) fn flow_of(token: Token) -> FlowId {
+    let id = token.0 as u64;
+    FlowId::new(ShardId((id >> 56) as u8), (id >> 32) as u32, id as u32)
+}
+
+fn open_direct(setup: &SocketSetup, open: &Open) -> Result<Upstream, UpstreamError> {
+    let (client, target) = (open.client.ip(), open.target.ip());
+    let opened = match open.protocol {
+        Protocol::Tcp => Tcp::connect(setup, client, open.target).map(Upstream::Tcp),
+        Protocol::Udp => Udp::open(setup, client, target).map(Upstream::Udp),
+        Protocol::Icmp => Ping::open(setup, client, target).map(Upstream::Ping),
+    };
+    opened.map_err(|error| {
+        tracing::debug!(%error, protocol = %open.protocol, target = %open.target, "cannot open an upstream");
+        connect_error(&error)
+    })
+}
+
+impl World for ShardWorld {
+    fn has_room(&self) -> bool {
+        self.device.has_room()
+    }
+
+    fn packet_buffer(&mut self, len: usize) -> &mut [u8] {
+        self.device.packet_buffer(len)
+    }
+
+    fn send_packet(&mut self, packet: PacketOut) {
+        self.device.send(&packet);
+    }
+
+    fn upstream(&mut self, id: FlowId, command: UpstreamCommand<'_>) {
+        match command {
+            UpstreamCommand::Open(open) => self.open(id, &open),
+            UpstreamCommand::Readable => self.tell_tcp(id, Tcp::on_bytes),
+            UpstreamCommand::Writable => self.tell_tcp(id, Tcp::on_room),
+            UpstreamCommand::CloseWrite => self.tell_tcp(id, Tcp::close_write),
+            UpstreamCommand::Send {
+                target,
+                payload,
+                segment_size,
+                hop_limit,
+            } => self.send(id, target, |upstream| match upstream {
+                Upstream::Udp(udp) => udp.send(target, payload, segment_size, hop_limit),
+                Upstream::Relayed(relayed) => {
+                    relayed.send(target, payload, segment_size);
+                    Ok(())
+                }
+                Upstream::Associating(associating) => {
+                    associating.send(target, payload, segment_size);
+                    Ok(())
+                }
+                Upstream::Tcp(_) | Upstream::Ping(_) | Upstream::Dialing(_) => Ok(()),
+            }),
+            UpstreamCommand::Echo {
+                sequence,
+                payload,
+                hop_limit,
+            } => {
+                let Some(target) = self.flows.get_mut(id).map(|entry| entry.record.target) else {
+                    return;
+                };
+                self.send(id, target, |upstream| match upstream {
+                    Upstream::Ping(ping) => ping.send(sequence, payload, hop_limit),
+                    Upstream::Tcp(_)
+                    | Upstream::Udp(_)
+                    | Upstream::Relayed(_)
+                    | Upstream::Dialing(_)
+                    | Upstream::Associating(_) => Ok(()),
+                });
+            }
+            UpstreamCommand::Close => drop(self.detach(id)),
+            UpstreamCommand::Abort => match self.detach(id) {
+                Some(Upstream::Tcp(tcp)) => tcp.abort(),
+                Some(
+                    Upstream::Udp(_)
+                    | Upstream::Ping(_)
+                    | Upstream::Relayed(_)
+                    | Upstream::Dialing(_)
+                    | Upstream::Associating(_),
+                )
+                | None => {}
+            },
+        }
+    }
+
+    fn event(&mut self, event: &Event) {
+        match event {
+            Event::Dropped { reason, rule, flow } => {
+                tracing::trace!(%reason, ?rule, ?flow, "packet dropped");
+            }
+            &Event::Opened {
+                flow,
+                ingress: _,
+                protocol,
+                client,
+                target,
+                action,
+                rule,
+            } => {
+                let record = Record {
+                    protocol,
+                    client,
+                    target,
+                    action,
+                    rule,
+                    policy: self.policy.clone(),
+                    name: None,
+                    opened: self.now,
+                };
+                self.on_opened(flow, record);
+            }
+            Event::Established { flow: _ } => {}
+            Event::Named { flow, name } => {
+                if let Some(entry) = self.flows.get_mut(*flow) {
+                    entry.record.name = Some(name.clone());
+                }
+            }
+            &Event::Closed {
+                flow,
+                reason,
+                to_upstream,
+                to_client,
+            } => {
+                let Some(Entry { record, .. }) = self.flows.remove(flow) else {
+                    return;
+                };
+                self.tcp_flows -= usize::from(record.protocol == Protocol::Tcp);
+                record.log(flow, self.now, (to_upstream, to_client), reason, &self.policy);
+            }
+        }
+    }
+
+    fn forward(&mut self, shard: ShardId, packet: PacketIn<'_>) {
+        let parcel = self.buffers.wrap(&packet);
+        match self.mailboxes[usize::from(shard.0)].packets.push(parcel) {
+            Ok(()) => self.to_wake |= 1 << shard.0,
+            Err(parcel) => {
+                self.losses.handed_over += 1;
+                self.buffers.give_back(parcel);
+            }
+        }
+    }
+}
+
+impl Record {
+    /// Writes the line that every flow gets at its end; `policy` is the present one, which `reason` may refer to.
+    fn log(
+        &self,
+        flow: FlowId,
+        now: Timestamp,
+        (to_upstream, to_client): (u64, u64),
+        reason: CloseReason,
+        policy: &Policy,
+    ) {
+        let egress = match self.action {
+            Action::Egress(egress) => self.policy.egress_name(egress),
+            Action::Direct | Action::Redirect(_) | Action::Reject | Action::Drop => self.action.name(),
+        };
+        let detail = match reason {
+            CloseReason::ConnectFailed(error) => Some(format!("{error:?}").to_lowercase()),
+            CloseReason::Denied(rule) => Some(policy.name(rule).to_string()),
+            CloseReason::Finished
+            | CloseReason::ClientReset
+            | CloseReason::UpstreamReset
+            | CloseReason::ConnectTimeout
+            | CloseReason::HandshakeTimeout
+            | CloseReason::IdleTimeout
+            | CloseReason::HalfCloseTimeout
+            | CloseReason::ClientUnresponsive
+            | CloseReason::Replaced
+            | CloseReason::Evicted
+            | CloseReason::BufferLimit
+            | CloseReason::Internal => None,
+        };
+        tracing::info!(
+            target: "tungate::flow",
+            %flow,
+            protocol = %self.protocol,
+            client = %self.client,
+            target = %self.target,
+            name = self.name,
+            rule = %self.policy.name(self.rule),
+            egress,
+            to_upstream,
+            to_client,
+            seconds = format_args!("{:.3}", now.since(self.opened).as_secs_f64()),
+            end = reason.name(),
+            detail,
+            "flow ended"
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_name_flows() {
+        for id in [
+            FlowId::new(ShardId(0), 0, 0),
+            FlowId::new(ShardId(3), 0x00ab_cdef, 0x1234_5678),
+            FlowId::new(ShardId(254), 0x00ff_ffff, u32::MAX),
+        ] {
+            assert_eq!(flow_of(token(id)), id);
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! Where the log goes.
+
+use std::io::{self, IsTerminal};
+
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+
+/// The variable that says what to log, in the syntax of tracing's filters: `debug`, `tungate::flow=off,info`.
+const VARIABLE: &str = "TUNGATE_LOG";
+
+/// Logs to standard error: for people, or as JSON.
+pub(crate) fn to_stderr(json: bool) {
+    let layer = tracing_subscriber::fmt::layer()
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal());
+    let registry = tracing_subscriber::registry().with(filter("info"));
+    if json {
+        // Flows have a target of their own.
+        registry
+            .with(layer.json().flatten_event(true).with_target(false))
+            .init();
+    } else {
+        registry.with(layer).init();
+    }
+}
+
+fn filter(default: &str) -> EnvFilter {
+    EnvFilter::try_from_env(VARIABLE).unwrap_or_else(|_| EnvFilter::new(default))
+}

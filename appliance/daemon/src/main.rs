@@ -1,0 +1,30 @@
+//! The appliance's program: it drives engines with a TUN device and sockets, and sets its host up for that.
+//!
+//! `driver` carries packets between a device, engines and upstreams; `upstream` are sockets, `egress` the ways out;
+//! `host` changes routes and rules and undoes it; `commands` are what the user can ask for.
+
+mod cli;
+mod commands;
+mod driver;
+mod egress;
+mod host;
+mod logs;
+mod upstream;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let arguments = cli::Arguments::parse();
+    match commands::carry_out(arguments) {
+        Ok(code) => code,
+        Err(error) => {
+            match error.downcast_ref::<commands::Rendered>() {
+                Some(mistakes) => eprintln!("{mistakes}"),
+                None => eprintln!("error: {error:#}"),
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
