@@ -1,5 +1,7 @@
 //! The command line.
 
+use std::ffi::OsString;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -16,6 +18,8 @@ pub(crate) struct Arguments {
 pub(crate) enum Command {
     /// Relays the traffic of this host, or of clients that it routes for
     Run(Run),
+    /// Runs a command whose only way out is an appliance of its own; needs no root
+    Exec(Exec),
     /// Says whether a configuration is sound, and what is wrong with it
     Check(Check),
     /// Says what the policy does with a flow, and by which list entry or rule
@@ -80,4 +84,39 @@ pub(crate) struct Why {
     /// The flow, as in `tcp 192.0.2.7:443`, `udp [2001:db8::1]:53 from 10.0.0.2` or `icmp 192.0.2.7`
     #[arg(required = true, value_name = "FLOW")]
     pub(crate) flow: Vec<String>,
+}
+
+#[derive(Args)]
+pub(crate) struct Exec {
+    #[command(flatten)]
+    pub(crate) policy: Policy,
+
+    /// The name server for the command, instead of this host's
+    #[arg(long, value_name = "ADDRESS[:PORT]", value_parser = name_server)]
+    pub(crate) resolver: Option<SocketAddr>,
+
+    /// Record everything that enters the engine, so that `replay` can repeat it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) journal: Option<PathBuf>,
+
+    /// Tell of every flow when it has ended, not only of those that are denied
+    #[arg(short, long)]
+    pub(crate) verbose: bool,
+
+    /// The command and its arguments
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "COMMAND"
+    )]
+    pub(crate) command: Vec<OsString>,
+}
+
+/// Reads an address with or without a port.
+fn name_server(text: &str) -> Result<SocketAddr, String> {
+    let with_port = || text.parse::<IpAddr>().map(|address| SocketAddr::new(address, 53));
+    text.parse().or_else(|_| with_port()).map_err(|_| {
+        "this is no address, as 192.0.2.53, [2001:db8::53]:5353 or 127.0.0.1:5353 are".to_owned()
+    })
 }

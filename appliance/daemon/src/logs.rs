@@ -25,6 +25,18 @@ pub(crate) fn to_stderr(json: bool) {
     }
 }
 
+/// Logs to standard error beside a command's own lines: what goes wrong, and with `verbose` every flow.
+pub(crate) fn of_a_command(verbose: bool) {
+    let layer = tracing_subscriber::fmt::layer()
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal());
+    let default = if verbose { "info" } else { "warn" };
+    tracing_subscriber::registry()
+        .with(filter(default))
+        .with(layer)
+        .init();
+}
+
 fn filter(default: &str) -> EnvFilter {
     EnvFilter::try_from_env(VARIABLE).unwrap_or_else(|_| EnvFilter::new(default))
 }

@@ -1,6 +1,7 @@
 //! What the program can be asked to do, one module each.
 
 mod check;
+mod exec;
 mod run;
 mod why;
 
@@ -17,6 +18,7 @@ use crate::cli::{Arguments, Command};
 pub(crate) fn carry_out(arguments: Arguments) -> Result<ExitCode> {
     match arguments.command {
         Command::Run(run) => run::run(&run),
+        Command::Exec(exec) => exec::run(&exec),
         Command::Check(check) => check::run(&check),
         Command::Why(why) => why::run(&why),
         Command::Cleanup => run::clean_up(),

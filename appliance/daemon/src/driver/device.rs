@@ -60,9 +60,13 @@ impl Device {
             .offload(true)
             .multi_queue(true)
             .mtu(mtu)
-            .tx_queue_len(TRANSMIT_QUEUE_LEN)
             .enable(false)
             .build_sync()?;
+        match first.set_tx_queue_len(TRANSMIT_QUEUE_LEN) {
+            // In a user namespace this call is never allowed; netlink is, for `host::enclose`.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+            result => result?,
+        }
         if persistent {
             first.persist()?;
         }

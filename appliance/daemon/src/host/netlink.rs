@@ -173,6 +173,15 @@ impl Netlink {
         self.handle.link().set(link).execute().await.map_err(plain)
     }
 
+    /// How many packets may wait for whoever serves a device.
+    pub(super) async fn set_transmit_queue_len(&self, device: &str, len: u32) -> Result<()> {
+        let index = self.index(device).await?;
+        let link = LinkUnspec::new_with_index(index)
+            .append_extra_attribute(LinkAttribute::TxQueueLen(len))
+            .build();
+        self.handle.link().set(link).execute().await.map_err(plain)
+    }
+
     async fn add_route(&self, route: &Route) -> Result<()> {
         let mut message = RouteMessageBuilder::<std::net::IpAddr>::new()
             .table_id(route.table)

@@ -35,7 +35,7 @@ const PRIORITY_END: u32 = PRIORITY + 20;
 /// Worse than any route a device has.
 const LAST_METRIC: u32 = 1 << 24;
 
-const MAIN: u32 = 254;
+pub(super) const MAIN: u32 = 254;
 const DNS_PORT: u16 = 53;
 
 /// One change of the host's state.
@@ -283,7 +283,7 @@ fn quiet(device: &str, ipv6: bool) -> Vec<Change> {
     changes
 }
 
-fn addresses(device: &str, v4: Ipv4Addr, v6: Option<Ipv6Addr>) -> Vec<Change> {
+pub(super) fn addresses(device: &str, v4: Ipv4Addr, v6: Option<Ipv6Addr>) -> Vec<Change> {
     let mut changes: Vec<_> = [
         Some(IpNet::from(IpAddr::V4(v4))),
         v6.map(|v6| IpNet::from(IpAddr::V6(v6))),
