@@ -1,9 +1,14 @@
 //! Where the log goes.
 
+use std::fmt;
 use std::io::{self, IsTerminal};
 
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::FmtContext;
+use tracing_subscriber::fmt::format::{FormatEvent, FormatFields, Writer};
 use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
 /// The variable that says what to log, in the syntax of tracing's filters: `debug`, `tungate::flow=off,info`.
@@ -25,16 +30,45 @@ pub(crate) fn to_stderr(json: bool) {
     }
 }
 
-/// Logs to standard error beside a command's own lines: what goes wrong, and with `verbose` every flow.
+/// Logs to standard error beside a command's own lines: what goes wrong and what is denied, and with `verbose` every
+/// flow.
 pub(crate) fn of_a_command(verbose: bool) {
     let layer = tracing_subscriber::fmt::layer()
         .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal());
-    let default = if verbose { "info" } else { "warn" };
+        .with_ansi(false)
+        .event_format(Short);
+    let default = if verbose {
+        "info"
+    } else {
+        "warn,tungate::denied=info"
+    };
     tracing_subscriber::registry()
         .with(filter(default))
         .with(layer)
         .init();
+}
+
+/// Lines that say whose they are, and neither time nor place.
+struct Short;
+
+impl<S, N> FormatEvent<S, N> for Short
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        writer.write_str("tungate: ")?;
+        if *event.metadata().level() <= Level::WARN {
+            write!(writer, "{}: ", event.metadata().level().as_str().to_lowercase())?;
+        }
+        context.field_format().format_fields(writer.by_ref(), event)?;
+        writeln!(writer)
+    }
 }
 
 fn filter(default: &str) -> EnvFilter {

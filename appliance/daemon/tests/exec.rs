@@ -370,6 +370,66 @@ fn names_are_asked_of_a_server_that_only_this_host_can_reach() {
     }
 }
 
+#[test]
+fn what_the_policy_denies_is_refused_and_told_with_its_rule() {
+    if skipped(&["curl"]) {
+        return;
+    }
+    let _node = DeviceNode::open();
+    let directory = tempfile::tempdir().unwrap();
+    let rule =
+        "[[rule]]\nname = \"no plain web\"\nprotocols = [\"tcp\"]\nports = [80]\naction = \"reject\"\n";
+    let config = configuration(
+        &directory,
+        &(rule.to_owned() + &redirect("web", "192.0.2.7/32", web_server("127.0.0.1:0"))),
+    );
+    for caller in Caller::all() {
+        let curl = |arguments: &[&str], url: &str| {
+            let command = [
+                "curl",
+                "--silent",
+                "--max-time",
+                "30",
+                "--output",
+                "/dev/null",
+                url,
+            ];
+            output(caller.exec(&[&["-c", &config], arguments].concat(), &command))
+        };
+        let denied = curl(&[], "http://192.0.2.7/");
+        assert_eq!(
+            denied.status.code(),
+            Some(7),
+            "curl's code for a refused connection"
+        );
+        let told = text(&denied.stderr);
+        assert_eq!(told.lines().count(), 1, "{told}");
+        for part in [
+            "tungate: flow denied",
+            "target=192.0.2.7:80",
+            "rule=no plain web",
+            "reason=rule-reject",
+        ] {
+            assert!(told.contains(part), "{told}");
+        }
+        // Flows that are not denied are told of on request only.
+        let quiet = curl(&[], "http://192.0.2.7:8080/");
+        assert_eq!(
+            (quiet.status.code(), text(&quiet.stderr)),
+            (Some(0), String::new())
+        );
+        let told = text(&curl(&["-v"], "http://192.0.2.7:8080/").stderr);
+        for part in [
+            "flow ended",
+            "target=192.0.2.7:8080",
+            "rule=web",
+            "end=\"finished\"",
+        ] {
+            assert!(told.contains(part), "{told}");
+        }
+    }
+}
+
 /// Starts a script behind the appliance; it says who it is before anything else.
 fn start(caller: Caller, script: &str) -> (Background, BufReader<std::process::ChildStdout>) {
     let mut exec = caller.exec(&[], &["sh", "-c", script]);

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::sync::{Arc, Mutex};
 
+use tungate_engine::io::Judgement;
 use tungate_engine::journal::{Header, Recorded};
 use tungate_engine::{Deadline, Engine, FlowId, Input, ShardId, Timestamp, World};
 
@@ -36,12 +37,17 @@ impl Machine {
         }
     }
 
-    /// [`Engine::handle`]; what became of a packet is in the events.
-    pub(crate) fn handle(&mut self, now: Timestamp, input: Input<'_>, world: &mut dyn World) {
+    /// [`Engine::handle`].
+    pub(crate) fn handle(
+        &mut self,
+        now: Timestamp,
+        input: Input<'_>,
+        world: &mut dyn World,
+    ) -> Option<Judgement> {
         match self {
             Self::Plain(engine) => engine.handle(now, input, world),
             Self::Recorded(recorded) => recorded.handle(now, input, world),
-        };
+        }
     }
 
     /// [`Engine::flush`].

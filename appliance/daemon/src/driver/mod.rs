@@ -1,6 +1,7 @@
 //! The driver: threads that carry packets between a device, engines and sockets.
 
 mod clock;
+mod denials;
 mod device;
 mod exchange;
 mod machine;

@@ -23,6 +23,7 @@ use tungate_engine::{
 };
 
 use super::clock::Clock;
+use super::denials::Denials;
 use super::device::{Reader, Writer, split};
 use super::exchange::{Buffers, Mailbox, Message};
 use super::machine::{Journal, Machine};
@@ -84,6 +85,7 @@ struct Shard {
     /// For datagrams on their way to the engine.
     buffer: Box<[u8]>,
     draining: bool,
+    denials: Denials,
     reports: tokio::sync::mpsc::UnboundedSender<Report>,
 }
 
@@ -144,6 +146,7 @@ pub(super) fn run(parts: Parts) -> io::Result<Totals> {
         clock,
         buffer: vec![0; usize::from(u16::MAX)].into_boxed_slice(),
         draining: false,
+        denials: Denials::new(),
         reports,
     };
     shard.machine.handle(
@@ -248,8 +251,14 @@ impl Shard {
             let Some(parcel) = self.mailbox.packets.pop() else {
                 return;
             };
-            self.machine
-                .handle(self.world.now, Input::Packet(parcel.packet()), &mut self.world);
+            let packet = parcel.packet();
+            let judgement = self
+                .machine
+                .handle(self.world.now, Input::Packet(packet), &mut self.world);
+            if let Some(judgement) = judgement {
+                self.denials
+                    .note(packet.bytes, &judgement, &self.world.policy, self.world.now);
+            }
             self.world.buffers.give_back(parcel);
         }
     }
@@ -275,8 +284,13 @@ impl Shard {
                 Ok(_) | Err(_) => self.id,
             };
             if owner == self.id {
-                self.machine
+                let judgement = self
+                    .machine
                     .handle(self.world.now, Input::Packet(packet), &mut self.world);
+                if let Some(judgement) = judgement {
+                    self.denials
+                        .note(packet.bytes, &judgement, &self.world.policy, self.world.now);
+                }
             } else {
                 self.world.forward(owner, packet);
             }
