@@ -100,6 +100,7 @@ impl Engine {
 
     /// Takes one input observed at `now`; an older `now` counts as the latest one seen. Never fails: what the
     /// network sends is data. Returns what became of a packet.
+    #[inline] // a driver that gives a packet gets its judgement without a move of either
     pub fn handle(&mut self, now: Timestamp, input: Input<'_>, world: &mut dyn World) -> Option<Judgement> {
         self.now = self.now.max(now);
         match input {
@@ -185,9 +186,12 @@ impl Engine {
     // ---- packets -----------------------------------------------------------------------------------------------
 
     fn handle_packet(&mut self, packet: PacketIn<'_>, world: &mut dyn World) -> Judgement {
-        let view = match PacketView::parse(packet.bytes) {
+        // Views are used where they were made: a processor cannot load in one piece what it has just stored in several,
+        // and waits for each move of one.
+        let parsed = PacketView::parse(packet.bytes);
+        let view = match &parsed {
             Ok(view) => view,
-            Err(reason) => return self.drop_packet(reason, None, None, world),
+            Err(reason) => return self.drop_packet(*reason, None, None, world),
         };
         // Lists come before everything else, and a drop by list touches no state but counters: the pre-filter, which
         // keeps such packets from getting here, must make no difference.
@@ -204,23 +208,24 @@ impl Engine {
             return self.drop_packet(reason, None, None, world);
         }
         if view.fragment().is_some() {
-            return self.handle_fragment(&view, packet, world);
+            return self.handle_fragment(view, packet, world);
         }
-        let transport = match view.transport() {
+        let transport = view.transport();
+        let transport = match &transport {
             Ok(transport) => transport,
-            Err(reason) => return self.drop_packet(reason, None, None, world),
+            Err(reason) => return self.drop_packet(*reason, None, None, world),
         };
         if packet.checksum == ChecksumState::Unverified
-            && let Err(reason) = view.verify_transport_checksum(&transport)
+            && let Err(reason) = view.verify_transport_checksum(transport)
         {
             return self.drop_packet(reason, None, None, world);
         }
         match transport {
-            Transport::Tcp(segment) => self.handle_segment(packet.ingress, &view, &segment, world),
+            Transport::Tcp(segment) => self.handle_segment(packet.ingress, view, segment, world),
             Transport::Udp(datagram) => {
-                self.handle_datagram(packet.ingress, &view, &datagram, packet.segment_size, world)
+                self.handle_datagram(packet.ingress, view, datagram, packet.segment_size, world)
             }
-            Transport::Icmp(message) => self.handle_icmp(packet.ingress, &view, &message, world),
+            Transport::Icmp(message) => self.handle_icmp(packet.ingress, view, message, world),
         }
     }
 
@@ -331,7 +336,12 @@ impl Engine {
             target,
         };
         let is_first = segment.flags.syn() && !segment.flags.ack();
-        if let Some(id) = self.flows.find(&key) {
+        let hash = self.hasher.tcp(
+            ingress,
+            (view.source(), segment.source_port),
+            (view.destination(), segment.destination_port),
+        );
+        if let Some(id) = self.flows.find_hashed(hash, &key) {
             let Some(Flow::Tcp(flow)) = self.flows.get_mut(id) else {
                 unreachable!("TCP keys name TCP flows")
             };

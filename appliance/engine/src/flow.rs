@@ -27,6 +27,7 @@ impl Keyed for Flow {
         }
     }
 
+    #[inline(always)]
     fn has_key(&self, key: &FlowKey) -> bool {
         match (self, key) {
             (
@@ -115,16 +116,18 @@ impl KeyHasher {
                 client,
                 target,
             } => {
-                hash_endpoint(&mut hasher, client);
-                hash_endpoint(&mut hasher, target);
-                hasher.write_u32(u32::from(ingress.0));
+                return self.tcp(
+                    ingress,
+                    (client.ip(), client.port()),
+                    (target.ip(), target.port()),
+                );
             }
             FlowKey::Udp {
                 ingress,
                 client,
                 route,
             } => {
-                hash_endpoint(&mut hasher, client);
+                hash_endpoint(&mut hasher, client.ip(), client.port());
                 hash_route(&mut hasher, route);
                 hasher.write_u32(1 << 16 | u32::from(ingress.0));
             }
@@ -135,8 +138,8 @@ impl KeyHasher {
                 target,
                 route,
             } => {
-                hash_endpoint(&mut hasher, SocketAddr::new(client, identifier));
-                hash_endpoint(&mut hasher, SocketAddr::new(target, 0));
+                hash_endpoint(&mut hasher, client, identifier);
+                hash_endpoint(&mut hasher, target, 0);
                 hash_route(&mut hasher, route);
                 hasher.write_u32(2 << 16 | u32::from(ingress.0));
             }
@@ -144,10 +147,21 @@ impl KeyHasher {
         hasher.finish()
     }
 
+    /// What [`KeyHasher::flow`] makes of a TCP key, from its parts: a packet's fields can be loaded at once, those of a
+    /// key just written only once the stores have gone through.
+    #[inline(always)]
+    pub(crate) fn tcp(&self, ingress: IngressId, client: (IpAddr, u16), target: (IpAddr, u16)) -> u64 {
+        let mut hasher = self.tables.build_hasher();
+        hash_endpoint(&mut hasher, client.0, client.1);
+        hash_endpoint(&mut hasher, target.0, target.1);
+        hasher.write_u32(u32::from(ingress.0));
+        hasher.finish()
+    }
+
     /// Hash of one client of one ingress.
     pub(crate) fn client(&self, ingress: IngressId, client: IpAddr) -> u64 {
         let mut hasher = self.tables.build_hasher();
-        hash_endpoint(&mut hasher, SocketAddr::new(client, ingress.0));
+        hash_endpoint(&mut hasher, client, ingress.0);
         hasher.finish()
     }
 
@@ -155,19 +169,20 @@ impl KeyHasher {
     /// (RFC 6528: a keyed hash of the 4-tuple, and time).
     pub(crate) fn sequence_seed(&self, client: SocketAddr, target: SocketAddr, nanos: u64) -> u64 {
         let mut hasher = SipHasher13::new_with_keys(self.numbers.0, self.numbers.1);
-        hash_endpoint(&mut hasher, client);
-        hash_endpoint(&mut hasher, target);
+        hash_endpoint(&mut hasher, client.ip(), client.port());
+        hash_endpoint(&mut hasher, target.ip(), target.port());
         hasher.write_u64(nanos);
         hasher.finish()
     }
 }
 
-fn hash_endpoint(hasher: &mut impl Hasher, endpoint: SocketAddr) {
-    match endpoint {
-        SocketAddr::V4(v4) => hasher.write_u64(u64::from(v4.ip().to_bits()) << 16 | u64::from(v4.port())),
-        SocketAddr::V6(v6) => {
-            hasher.write_u128(v6.ip().to_bits());
-            hasher.write_u16(v6.port());
+#[inline(always)]
+fn hash_endpoint(hasher: &mut impl Hasher, address: IpAddr, port: u16) {
+    match address {
+        IpAddr::V4(v4) => hasher.write_u64(u64::from(v4.to_bits()) << 16 | u64::from(port)),
+        IpAddr::V6(v6) => {
+            hasher.write_u128(v6.to_bits());
+            hasher.write_u16(port);
         }
     }
 }
@@ -177,8 +192,8 @@ fn hash_route(hasher: &mut impl Hasher, route: Route) {
         Route::Direct => {}
         Route::Egress(egress) => hasher.write_u16(egress.0),
         Route::Redirect { to, target } => {
-            hash_endpoint(hasher, to);
-            hash_endpoint(hasher, target);
+            hash_endpoint(hasher, to.ip(), to.port());
+            hash_endpoint(hasher, target.ip(), target.port());
         }
     }
 }
@@ -210,13 +225,19 @@ impl<F: Keyed> FlowTable<F> {
 
     /// Finds the flow with this key.
     pub(crate) fn find(&self, key: &FlowKey) -> Option<FlowId> {
+        self.find_hashed(self.hasher.flow(key), key)
+    }
+
+    /// Finds the flow with this key, whose hash is known.
+    #[inline(always)]
+    pub(crate) fn find_hashed(&self, hash: u64, key: &FlowKey) -> Option<FlowId> {
         let has_key = |&slot: &u32| {
             self.slots[slot as usize]
                 .flow
                 .as_ref()
                 .is_some_and(|flow| flow.has_key(key))
         };
-        let slot = *self.by_key.find(self.hasher.flow(key), has_key)?;
+        let slot = *self.by_key.find(hash, has_key)?;
         Some(FlowId::new(
             self.shard,
             self.slots[slot as usize].generation,

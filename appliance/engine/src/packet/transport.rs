@@ -119,17 +119,18 @@ impl<'a> TcpView<'a> {
         let (Some(options), Some(payload)) = (bytes.get(20..header_len), bytes.get(header_len..)) else {
             return Err(DropReason::TcpHeader);
         };
-        let view = Self {
+        let mut view = Self {
             source_port: word(header, 0),
             destination_port: word(header, 2),
             sequence: long(header, 4),
             acknowledgment: long(header, 8),
             flags: TcpFlags(header[13]),
             window: word(header, 14),
-            options: TcpOptions::parse(options).ok_or(DropReason::TcpHeader)?,
+            options: TcpOptions::default(),
             header_len: header_len as u8,
             payload,
         };
+        view.options.read(options).ok_or(DropReason::TcpHeader)?;
         if !view.flags.are_sound() {
             return Err(DropReason::TcpFlags);
         }
@@ -198,25 +199,22 @@ impl TcpFlags {
 }
 
 impl<'a> TcpOptions<'a> {
-    /// Reads the options; `None` if one is cut or of a length that its kind cannot have.
+    /// Reads the options into what has none yet; `None` if one is cut or of a length that its kind cannot have.
     #[inline(always)] // as above
-    fn parse(bytes: &'a [u8]) -> Option<Self> {
+    fn read(&mut self, bytes: &'a [u8]) -> Option<()> {
         match *bytes {
-            [] => Some(Self::default()),
+            [] => {}
             // What almost every segment has (RFC 7323, appendix A).
             [1, 1, 8, 10, a, b, c, d, e, f, g, h] => {
                 let timestamps = (u32::from_be_bytes([a, b, c, d]), u32::from_be_bytes([e, f, g, h]));
-                Some(Self {
-                    timestamps: Some(timestamps),
-                    ..Self::default()
-                })
+                self.timestamps = Some(timestamps);
             }
-            _ => Self::parse_list(bytes),
+            _ => self.read_list(bytes)?,
         }
+        Some(())
     }
 
-    fn parse_list(mut rest: &'a [u8]) -> Option<Self> {
-        let mut options = Self::default();
+    fn read_list(&mut self, mut rest: &'a [u8]) -> Option<()> {
         while let Some((&kind, behind)) = rest.split_first() {
             match kind {
                 0 => break,
@@ -230,16 +228,16 @@ impl<'a> TcpOptions<'a> {
             let data = rest.get(2..len)?;
             rest = &rest[len..];
             match kind {
-                2 => options.max_segment_size = Some(u16::from_be_bytes(data.try_into().ok()?)),
+                2 => self.max_segment_size = Some(u16::from_be_bytes(data.try_into().ok()?)),
                 3 => {
                     let &[shift] = data else { return None };
-                    options.window_scale = Some(shift.min(WINDOW_SCALE_MAX));
+                    self.window_scale = Some(shift.min(WINDOW_SCALE_MAX));
                 }
                 4 => {
                     if !data.is_empty() {
                         return None;
                     }
-                    options.sack_permitted = true;
+                    self.sack_permitted = true;
                 }
                 5 => {
                     let (blocks, []) = data.as_chunks::<8>() else {
@@ -248,13 +246,13 @@ impl<'a> TcpOptions<'a> {
                     if blocks.is_empty() {
                         return None;
                     }
-                    options.sack = blocks;
+                    self.sack = blocks;
                 }
-                8 if data.len() == 8 => options.timestamps = Some((long(data, 0), long(data, 4))),
+                8 if data.len() == 8 => self.timestamps = Some((long(data, 0), long(data, 4))),
                 _ => {}
             }
         }
-        Some(options)
+        Some(())
     }
 }
 

@@ -26,8 +26,7 @@ const EXTENSION_HEADERS_MAX: usize = 6;
 #[derive(Debug, Clone, Copy)]
 pub struct PacketView<'a> {
     bytes: &'a [u8],
-    source: IpAddr,
-    destination: IpAddr,
+    is_ipv6: bool,
     walk: Walk,
 }
 
@@ -99,8 +98,7 @@ impl<'a> PacketView<'a> {
         let bytes = bytes.get(..total).ok_or(DropReason::IpLength)?;
         Ok(Self {
             bytes,
-            source: IpAddr::V4(header.source_addr()),
-            destination: IpAddr::V4(header.destination_addr()),
+            is_ipv6: false,
             walk: walk_v4(&header, bytes),
         })
     }
@@ -116,8 +114,7 @@ impl<'a> PacketView<'a> {
             .ok_or(DropReason::IpLength)?;
         Ok(Self {
             bytes,
-            source: IpAddr::V6(header.source_addr()),
-            destination: IpAddr::V6(header.destination_addr()),
+            is_ipv6: true,
             walk: walk_v6(&header, bytes)?,
         })
     }
@@ -128,18 +125,31 @@ impl<'a> PacketView<'a> {
     }
 
     /// The source address.
+    #[inline]
     pub fn source(&self) -> IpAddr {
-        self.source
+        self.address(12, 8)
     }
 
     /// The destination address in the IP header.
+    #[inline]
     pub fn destination(&self) -> IpAddr {
-        self.destination
+        self.address(16, 24)
+    }
+
+    /// The address at one of these offsets.
+    #[inline]
+    fn address(&self, in_v4: usize, in_v6: usize) -> IpAddr {
+        const CHECKED: &str = "the fixed header is there";
+        if self.is_ipv6 {
+            IpAddr::from(*self.bytes[in_v6..].first_chunk::<16>().expect(CHECKED))
+        } else {
+            IpAddr::from(*self.bytes[in_v4..].first_chunk::<4>().expect(CHECKED))
+        }
     }
 
     /// Whether it is an IPv6 packet.
     pub fn is_ipv6(&self) -> bool {
-        self.source.is_ipv6()
+        self.is_ipv6
     }
 
     /// TTL or hop limit.
@@ -149,9 +159,10 @@ impl<'a> PacketView<'a> {
 
     /// Type of service or traffic class: six bits DSCP, two bits ECN.
     pub fn traffic_class(&self) -> u8 {
-        match self.source {
-            IpAddr::V4(_) => self.bytes[1],
-            IpAddr::V6(_) => self.bytes[0] << 4 | self.bytes[1] >> 4,
+        if self.is_ipv6 {
+            self.bytes[0] << 4 | self.bytes[1] >> 4
+        } else {
+            self.bytes[1]
         }
     }
 
@@ -223,7 +234,7 @@ impl<'a> PacketView<'a> {
     /// What is wrong with the addresses for a packet that a socket is to answer: an unspecified, multicast or
     /// broadcast source, or such a destination.
     pub fn address_check(&self) -> Option<DropReason> {
-        match (self.source, self.destination) {
+        match (self.source(), self.destination()) {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
                 if source.is_unspecified() || source.is_multicast() || source.is_broadcast() {
                     Some(DropReason::SourceAddress)
@@ -294,7 +305,7 @@ impl<'a> PacketView<'a> {
     /// The protocol's checksum reason.
     pub fn verify_transport_checksum(&self, transport: &Transport<'_>) -> Result<(), DropReason> {
         let bytes = &self.bytes[self.transport_offset()..];
-        let pseudo = |protocol, len| pseudo_header(self.source, self.final_destination(), protocol, len);
+        let pseudo = |protocol, len| pseudo_header(self.source(), self.final_destination(), protocol, len);
         let (covered, pseudo, reason) = match transport {
             Transport::Tcp(_) => (bytes, pseudo(6, bytes.len()), DropReason::TcpChecksum),
             Transport::Udp(udp) => {
@@ -343,7 +354,7 @@ impl<'a> PacketView<'a> {
         self.walk
             .routing_header
             .and_then(|at| final_segment(&self.bytes[usize::from(at)..]))
-            .map_or(self.destination, IpAddr::V6)
+            .map_or_else(|| self.destination(), IpAddr::V6)
     }
 }
 
