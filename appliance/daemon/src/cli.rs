@@ -20,6 +20,8 @@ pub(crate) enum Command {
     Run(Run),
     /// Runs a command whose only way out is an appliance of its own; needs no root
     Exec(Exec),
+    /// Shows what an appliance does with flows, in private namespaces; needs no root and no network
+    Demo,
     /// Says whether a configuration is sound, and what is wrong with it
     Check(Check),
     /// Says what the policy does with a flow, and by which list entry or rule

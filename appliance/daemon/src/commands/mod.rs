@@ -1,6 +1,7 @@
 //! What the program can be asked to do, one module each.
 
 mod check;
+mod demo;
 mod exec;
 mod run;
 mod why;
@@ -19,6 +20,7 @@ pub(crate) fn carry_out(arguments: Arguments) -> Result<ExitCode> {
     match arguments.command {
         Command::Run(run) => run::run(&run),
         Command::Exec(exec) => exec::run(&exec),
+        Command::Demo => demo::run(),
         Command::Check(check) => check::run(&check),
         Command::Why(why) => why::run(&why),
         Command::Cleanup => run::clean_up(),

@@ -355,6 +355,16 @@ impl World for ShardWorld {
                     name: None,
                     opened: self.now,
                 };
+                tracing::debug!(
+                    target: "tungate::flow",
+                    %flow,
+                    %protocol,
+                    %client,
+                    %target,
+                    rule = %self.policy.name(rule),
+                    egress = record.egress(),
+                    "flow opened"
+                );
                 self.on_opened(flow, record);
             }
             Event::Established { flow: _ } => {}
@@ -391,6 +401,14 @@ impl World for ShardWorld {
 }
 
 impl Record {
+    /// The way out, by name.
+    fn egress(&self) -> &str {
+        match self.action {
+            Action::Egress(egress) => self.policy.egress_name(egress),
+            Action::Direct | Action::Redirect(_) | Action::Reject | Action::Drop => self.action.name(),
+        }
+    }
+
     /// Writes the line that every flow gets at its end; `policy` is the present one, which `reason` may refer to.
     fn log(
         &self,
@@ -400,10 +418,6 @@ impl Record {
         reason: CloseReason,
         policy: &Policy,
     ) {
-        let egress = match self.action {
-            Action::Egress(egress) => self.policy.egress_name(egress),
-            Action::Direct | Action::Redirect(_) | Action::Reject | Action::Drop => self.action.name(),
-        };
         let detail = match reason {
             CloseReason::ConnectFailed(error) => Some(format!("{error:?}").to_lowercase()),
             CloseReason::Denied(rule) => Some(policy.name(rule).to_string()),
@@ -428,7 +442,7 @@ impl Record {
             target = %self.target,
             name = self.name,
             rule = %self.policy.name(self.rule),
-            egress,
+            egress = self.egress(),
             to_upstream,
             to_client,
             seconds = format_args!("{:.3}", now.since(self.opened).as_secs_f64()),

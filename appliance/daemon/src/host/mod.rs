@@ -4,7 +4,7 @@
 //! table of ours, so those that a crash left behind are recognised; the old values of kernel settings are kept in a
 //! file beside the lock that makes the appliance the only one in its network namespace.
 
-mod enclose;
+mod namespace;
 mod netlink;
 mod plan;
 mod sysctl;
@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 
-pub(crate) use enclose::enclose;
+pub(crate) use namespace::{allow_pings, check_device_node, enclose, enter_namespaces, populate};
 pub(crate) use plan::{Capture, Change, MARK, device_addresses};
 
 use self::netlink::Netlink;

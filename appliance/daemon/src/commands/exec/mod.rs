@@ -30,7 +30,7 @@ use super::run::{closed, create_journal, raise_descriptor_limit, runtime};
 use super::{Rendered, configuration};
 use crate::driver::{Device, Driver, Message, Report, Settings, default_shards};
 use crate::egress::{Dialer, Egresses};
-use crate::{cli, logs};
+use crate::{cli, host, logs};
 
 /// What a command's wrapper exits with when it has failed itself, as with env(1) and timeout(1).
 const FAILED: u8 = 125;
@@ -59,7 +59,7 @@ fn exec(arguments: &cli::Exec) -> Result<ExitCode> {
     loaded.policy.rules.splice(0..0, resolver.rules.clone());
     let journal = arguments.journal.as_deref().map(create_journal).transpose()?;
     logs::of_a_command(arguments.verbose);
-    inside::check_device()?;
+    host::check_device_node()?;
     let signals = Signals::block().context("cannot take signals")?;
     set_child_subreaper(true).context("cannot become the reaper of the command's children")?;
     let (ours, theirs) = UnixStream::pair().context("cannot make a socket pair")?;
