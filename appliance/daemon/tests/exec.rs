@@ -430,6 +430,35 @@ fn what_the_policy_denies_is_refused_and_told_with_its_rule() {
     }
 }
 
+#[test]
+fn bytes_that_a_command_leaves_behind_still_go_out() {
+    if skipped(&["bash"]) {
+        return;
+    }
+    let _node = DeviceNode::open();
+    let directory = tempfile::tempdir().unwrap();
+    for caller in Caller::all() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let rule = redirect("sink", "192.0.2.7/32", listener.local_addr().unwrap());
+        let config = configuration(&directory, &rule);
+        let script = "exec 3<>/dev/tcp/192.0.2.7/9; echo $$; head -c 300000 /dev/zero >&3";
+        let mut exec = caller.exec(&["-c", &config], &["bash", "-c", script]);
+        let mut process = Background(exec.stdout(Stdio::piped()).spawn().unwrap());
+        let [command] = pids(&mut BufReader::new(process.0.stdout.take().unwrap()))[..] else {
+            panic!("it has not started");
+        };
+        // The origin begins to read when the command has ended, so most bytes are still on their way then.
+        let (mut stream, _) = listener.accept().unwrap();
+        wait_until(|| state(command).is_none());
+        assert!(state(pid(&process.0)).is_some(), "{caller:?}");
+        let mut received = Vec::new();
+        stream.read_to_end(&mut received).unwrap();
+        assert_eq!(received.len(), 300_000, "{caller:?}");
+        drop(stream);
+        assert_eq!(process.0.wait().unwrap().code(), Some(0), "{caller:?}");
+    }
+}
+
 /// Starts a script behind the appliance; it says who it is before anything else.
 fn start(caller: Caller, script: &str) -> (Background, BufReader<std::process::ChildStdout>) {
     let mut exec = caller.exec(&[], &["sh", "-c", script]);

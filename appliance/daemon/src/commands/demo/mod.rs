@@ -33,8 +33,8 @@ const RULE: &str = "no telnet";
 const TELNET: u16 = 23;
 
 pub(super) fn run() -> Result<ExitCode> {
-    let mut screen = Screen::new();
-    let failed = perform(&mut screen).context("the demo cannot be shown here")?;
+    let screen = Screen::new();
+    let failed = perform(&screen).context("the demo cannot be shown here")?;
     Ok(if failed {
         ExitCode::FAILURE
     } else {
@@ -43,7 +43,7 @@ pub(super) fn run() -> Result<ExitCode> {
 }
 
 /// Shows all scenes; returns whether anything was not as it should be.
-fn perform(screen: &mut Screen) -> Result<bool> {
+fn perform(screen: &Screen) -> Result<bool> {
     host::check_device_node()?;
     host::enter_namespaces(CloneFlags::CLONE_NEWNET)?;
     let notes = notes::listen();
@@ -123,7 +123,7 @@ fn make_client(config: &Config, ipv6: bool) -> Result<(Device, File)> {
 }
 
 fn play(
-    screen: &mut Screen,
+    screen: &Screen,
     client: &File,
     notes: Receiver<Note>,
     change_list: &dyn Fn(Vec<ListEntry>),

@@ -1,16 +1,16 @@
 //! What the client does, and what must come of it.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
-use socket2::{Domain, Protocol, Socket, Type};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use tungate_engine::policy::{ListAction, ListEntry, ListProtocol};
 
 use super::origin::{BULK, CLOSED, DNS, HTTP, NAMES, PAGE_LEN, Pattern, STREAM, WEB, WEB_V6};
 use super::stage::{Stage, bytes};
 use super::{RULE, TELNET};
+use crate::upstream::{Ping, SocketSetup};
 
 /// How long anything may take that is expected to happen.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -18,6 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const SILENCE: Duration = Duration::from_millis(500);
 /// How long the fast transfer lasts.
 const TRANSFER_TIME: Duration = Duration::from_secs(1);
+const HOP_LIMIT: u8 = 64;
 /// How often progress is shown.
 const SHOW_TIME: Duration = Duration::from_millis(100);
 
@@ -90,46 +91,27 @@ fn name(stage: &mut Stage<'_>) -> Result<String> {
 }
 
 fn ping(stage: &mut Stage<'_>) -> Result<String> {
-    let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::ICMPV4))
-        .or_else(|_| Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4)))
-        .context("cannot open a ping socket")?;
-    let is_raw = socket.r#type()? == Type::RAW;
-    socket.set_read_timeout(Some(PATIENCE))?;
-    socket.connect(&SocketAddr::new(WEB.into(), 0).into())?;
-    let request = echo_request(b"tungate");
+    // The client's socket is of the kind that the appliance's own is.
+    let client = IpAddr::from(Ipv4Addr::UNSPECIFIED);
+    let mut ping =
+        Ping::open(&SocketSetup::default(), client, WEB.into()).context("cannot open a ping socket")?;
+    ping.socket().set_nonblocking(false)?;
+    ping.socket().set_read_timeout(Some(PATIENCE))?;
     let start = Instant::now();
-    socket.send(&request)?;
-    let mut reply = [0; 128];
-    let len = (&socket).read(&mut reply).context("no reply")?;
+    ping.send(1, b"tungate", HOP_LIMIT)
+        .map_err(|error| anyhow!("the client met {error:?}"))?;
+    let mut buffer = [0; 128];
+    let reply = ping.receive(&mut buffer).context("no reply")?;
     let time = start.elapsed();
-    let header_len = if is_raw {
-        usize::from(reply[0] & 0xf) * 4
-    } else {
-        0
-    };
-    let message = &reply[header_len.min(len)..len];
     ensure!(
-        message.first() == Some(&0) && message.ends_with(b"tungate"),
+        reply.sequence == 1 && buffer[reply.payload] == *b"tungate",
         "the reply is not to our request"
     );
     stage.opened(&SocketAddr::new(WEB.into(), 0).to_string())?;
     Ok(format!(
-        "the origin itself has answered, in {:.2} ms",
-        time.as_secs_f64() * 1000.0
+        "the origin itself has answered, in {} µs",
+        time.as_micros()
     ))
-}
-
-/// An ICMP echo request (RFC 792) with its checksum (RFC 1071).
-fn echo_request(payload: &[u8]) -> Vec<u8> {
-    let mut message = vec![8, 0, 0, 0, 0x74, 0x67, 0, 1];
-    message.extend_from_slice(payload);
-    let sum: u32 = message
-        .chunks(2)
-        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)])))
-        .sum();
-    let folded = (sum & 0xffff) + (sum >> 16);
-    message[2..4].copy_from_slice(&(!(folded as u16)).to_be_bytes());
-    message
 }
 
 fn closed_port(stage: &mut Stage<'_>) -> Result<String> {

@@ -60,7 +60,7 @@ impl Screen {
 
 /// The scenes' view of screen and appliance.
 pub(super) struct Stage<'a> {
-    screen: &'a mut Screen,
+    screen: &'a Screen,
     notes: Receiver<Note>,
     change_list: &'a dyn Fn(Vec<ListEntry>),
     shown: u32,
@@ -69,7 +69,7 @@ pub(super) struct Stage<'a> {
 
 impl<'a> Stage<'a> {
     pub(super) fn new(
-        screen: &'a mut Screen,
+        screen: &'a Screen,
         notes: Receiver<Note>,
         change_list: &'a dyn Fn(Vec<ListEntry>),
     ) -> Self {
