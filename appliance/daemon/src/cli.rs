@@ -28,6 +28,9 @@ pub(crate) enum Command {
     Why(Why),
     /// Removes what an appliance that was killed has left on this host
     Cleanup,
+    /// Relays for the process that started it
+    #[command(hide = true)]
+    Worker,
 }
 
 #[derive(Args)]

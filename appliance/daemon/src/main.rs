@@ -1,15 +1,20 @@
 //! The appliance's program: it drives engines with a TUN device and sockets, and sets its host up for that.
 //!
 //! `driver` carries packets between a device, engines and upstreams; `upstream` are sockets, `egress` the ways out;
-//! `host` changes routes and rules and undoes it; `commands` are what the user can ask for.
+//! `host` changes routes and rules and undoes it; `commands` are what the user can ask for. `tungate run` is two
+//! processes: the `supervisor` has privileges and sees no packet, the `worker` relays and has none; they talk over the
+//! `link`.
 
 mod cli;
 mod commands;
 mod driver;
 mod egress;
 mod host;
+mod link;
 mod logs;
+mod supervisor;
 mod upstream;
+mod worker;
 
 use std::process::ExitCode;
 

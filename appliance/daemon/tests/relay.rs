@@ -22,7 +22,7 @@ fn downloads_and_uploads_arrive_unchanged() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path();
     let nginx = format!(
-        "daemon off; error_log stderr; pid {0}/pid; events {{}}\n\
+        "daemon off; master_process off; error_log stderr; pid {0}/pid; events {{}}\n\
          http {{ access_log off; client_max_body_size 0; client_body_temp_path {0}/body; sendfile on;\n\
          proxy_temp_path {0}/p; fastcgi_temp_path {0}/f; uwsgi_temp_path {0}/u; scgi_temp_path {0}/s;\n\
          server {{ listen 192.0.2.7:80; listen [2001:db8::7]:80; root {0}; dav_methods PUT; }} }}\nuser root;",

@@ -7,12 +7,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use tungate_engine::policy::EgressId;
 
 pub(crate) use section::{ReadEgresses, read_egresses, undefined};
 
 /// A named way out with all the driver needs to use it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Egress {
     /// Unique name, as rules and reports use it.
     pub name: String,
@@ -21,7 +22,7 @@ pub struct Egress {
 }
 
 /// What an egress does with the flows that rules give it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum EgressKind {
     /// Relays to the target itself.
     Direct {
@@ -37,7 +38,7 @@ pub enum EgressKind {
 }
 
 /// A proxy server and how to get to it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Proxy {
     /// Where the proxy listens.
     pub address: Endpoint,
@@ -48,7 +49,7 @@ pub struct Proxy {
 }
 
 /// A user of a proxy.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Login {
     /// The user's name.
     pub username: String,
@@ -57,7 +58,7 @@ pub struct Login {
 }
 
 /// A password, or where to find it.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Password {
     /// The password itself; never printed.
     Inline(String),
@@ -66,7 +67,7 @@ pub enum Password {
 }
 
 /// How a socket is set up before it connects.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct SocketOptions {
     /// The firewall mark of its packets (SO_MARK).
     pub mark: Option<u32>,
@@ -77,7 +78,7 @@ pub struct SocketOptions {
 }
 
 /// The source address of connections that leave by an egress.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Source {
     /// Whatever the host's routes say.
     #[default]
@@ -89,7 +90,7 @@ pub enum Source {
 }
 
 /// A host and port to connect to.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {
     /// The host.
     pub host: Host,
@@ -98,7 +99,7 @@ pub struct Endpoint {
 }
 
 /// A host by address or by name.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Host {
     /// An address.
     Address(IpAddr),
@@ -107,7 +108,7 @@ pub enum Host {
 }
 
 /// Several egresses of which one is used.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Group {
     /// The members in the order in which they are written; never groups themselves.
     pub members: Vec<EgressId>,
@@ -118,7 +119,7 @@ pub struct Group {
 }
 
 /// Which of the healthy members of a [`Group`] is used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum GroupMode {
     /// The first one.
     #[default]
@@ -128,7 +129,7 @@ pub enum GroupMode {
 }
 
 /// How members of a [`Group`] are found healthy.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HealthCheck {
     /// Where each member must be able to connect to by TCP; without it a member is healthy until it fails.
     pub target: Option<Endpoint>,

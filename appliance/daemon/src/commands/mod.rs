@@ -13,7 +13,9 @@ use std::process::ExitCode;
 use anyhow::Result;
 use tungate_config::{Diagnostics, Loaded, load};
 
+pub(crate) use self::run::{capture_of, closed, create_journal, explain_device, report, runtime};
 use crate::cli::{Arguments, Command};
+use crate::worker;
 
 /// Carries a command out.
 pub(crate) fn carry_out(arguments: Arguments) -> Result<ExitCode> {
@@ -24,11 +26,12 @@ pub(crate) fn carry_out(arguments: Arguments) -> Result<ExitCode> {
         Command::Check(check) => check::run(&check),
         Command::Why(why) => why::run(&why),
         Command::Cleanup => run::clean_up(),
+        Command::Worker => worker::run(),
     }
 }
 
 /// Reads a configuration, or gives what holds without one; warnings go to standard error.
-fn configuration(path: Option<&Path>) -> Result<Loaded> {
+pub(crate) fn configuration(path: Option<&Path>) -> Result<Loaded> {
     let Some(path) = path else {
         return Ok(Loaded::default());
     };

@@ -42,6 +42,8 @@ pub(crate) enum Message {
     WallClock(i64),
     /// Take no new flows, and report when there are none.
     Drain,
+    /// Report that this has come.
+    Check,
     /// End the thread.
     Stop,
     /// What came of [`Upstream::Dialing`](crate::upstream::Upstream::Dialing).

@@ -49,6 +49,8 @@ pub(crate) struct Settings {
 pub(crate) enum Report {
     /// A shard that drains has no more TCP flows.
     Drained,
+    /// A shard has seen [`Message::Check`].
+    Alive,
     /// A shard has ended.
     Ended(Result<Box<Totals>, String>),
 }
@@ -187,7 +189,7 @@ impl Driver {
             match report {
                 Report::Ended(Ok(counted)) => totals.push(*counted),
                 Report::Ended(Err(error)) => tracing::error!(error, "a shard has failed"),
-                Report::Drained => {}
+                Report::Drained | Report::Alive => {}
             }
         }
         for thread in self.threads {

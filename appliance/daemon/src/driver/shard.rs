@@ -221,6 +221,9 @@ impl Shard {
                     self.draining = true;
                     self.handle(Input::Drain);
                 }
+                Message::Check => {
+                    let _ = self.reports.send(Report::Alive);
+                }
                 Message::Stop => {
                     self.work();
                     return false;

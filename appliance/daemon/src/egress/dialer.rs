@@ -4,7 +4,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use socket2::{Socket, Type};
+use socket2::Socket;
 use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 use tungate_engine::FlowId;
@@ -13,6 +13,7 @@ use tungate_engine::io::{Open, Unreachable, UpstreamError};
 use super::proxy::connect;
 use super::{Egress, Kind, http, socks5};
 use crate::driver::{Mailbox, Message};
+use crate::upstream::Transport;
 use crate::upstream::errors::connect_error;
 
 /// Makes connections on behalf of shards.
@@ -132,7 +133,7 @@ impl Egress {
             relay.set_ip(server.ip());
         }
         let connect = || {
-            let socket = proxy.setup.open(Type::DGRAM, None, relay.ip(), Some(client))?;
+            let socket = proxy.setup.open(Transport::Udp, relay.ip(), Some(client))?;
             socket.connect(&relay.into())?;
             Ok::<_, io::Error>(socket)
         };

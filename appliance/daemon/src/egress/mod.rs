@@ -12,16 +12,17 @@ mod socks5;
 use std::sync::Arc;
 
 use anyhow::Result;
-use tungate_config::{EgressKind, Loaded};
+use tungate_config::{EgressKind, SocketOptions};
 use tungate_engine::Protocol;
 use tungate_engine::policy::EgressId;
 
 pub(crate) use dialer::{Association, Dialer};
+pub(crate) use proxy::read_passwords;
 pub(crate) use socks5::{DATAGRAM_HEADER_MAX, parse_datagram, write_datagram_header};
 
 use self::group::Group;
 use self::proxy::Proxy;
-use crate::upstream::SocketSetup;
+use crate::upstream::{Broker, SocketSetup};
 
 /// The ways out of one configuration.
 #[derive(Debug)]
@@ -61,24 +62,25 @@ pub(crate) enum Way<'a> {
 }
 
 impl Egresses {
-    /// The ways out of `loaded`. Sockets for which it asks for no other get `mark`.
+    /// The ways out that are configured. Sockets come from `broker`; without one they are opened here, with no mark but
+    /// what is asked for.
     ///
     /// # Errors
     ///
     /// If a password file cannot be read.
-    pub(crate) fn new(loaded: &Loaded, mark: Option<u32>) -> Result<Self> {
-        let mut named: Vec<Option<Arc<Egress>>> = vec![None; loaded.egresses.len()];
+    pub(crate) fn new(configured: &[tungate_config::Egress], broker: Option<&Arc<Broker>>) -> Result<Self> {
+        let mut named: Vec<Option<Arc<Egress>>> = vec![None; configured.len()];
         // Groups come second: their members are no groups.
         for groups in [false, true] {
-            for (index, egress) in loaded.egresses.iter().enumerate() {
+            for (index, egress) in configured.iter().enumerate() {
                 let kind = match &egress.kind {
                     EgressKind::Group(group) if groups => {
                         let member = |id: &EgressId| named[usize::from(id.0)].clone();
                         Kind::Group(Group::new(group, group.members.iter().filter_map(member)))
                     }
-                    EgressKind::Direct { socket } if !groups => Kind::Direct(SocketSetup::of(socket, mark)),
-                    EgressKind::Socks5(proxy) if !groups => Kind::Socks5(Proxy::new(proxy, mark)?),
-                    EgressKind::Http(proxy) if !groups => Kind::Http(Proxy::new(proxy, mark)?),
+                    EgressKind::Direct { socket } if !groups => Kind::Direct(SocketSetup::of(socket, broker)),
+                    EgressKind::Socks5(proxy) if !groups => Kind::Socks5(Proxy::new(proxy, broker)?),
+                    EgressKind::Http(proxy) if !groups => Kind::Http(Proxy::new(proxy, broker)?),
                     EgressKind::Group(_)
                     | EgressKind::Direct { .. }
                     | EgressKind::Socks5(_)
@@ -91,7 +93,7 @@ impl Egresses {
             }
         }
         Ok(Self {
-            direct: SocketSetup::marked(mark),
+            direct: SocketSetup::of(&SocketOptions::default(), broker),
             named: named.into_iter().flatten().collect(),
         })
     }

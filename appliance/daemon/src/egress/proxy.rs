@@ -6,12 +6,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use socket2::{Socket, Type};
 use tokio::net::{TcpSocket, TcpStream, lookup_host};
 use tokio::time::timeout;
-use tungate_config::{Endpoint, Host, Password};
+use tungate_config::{EgressKind, Endpoint, Host, Password};
 
-use crate::upstream::SocketSetup;
+use crate::upstream::{Broker, SocketSetup, Transport};
 
 /// How long a proxy may take to accept a connection, and to answer where it need not connect anywhere itself.
 pub(super) const PROXY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -40,7 +39,7 @@ impl std::fmt::Debug for Login {
 }
 
 impl Proxy {
-    pub(super) fn new(proxy: &tungate_config::Proxy, mark: Option<u32>) -> Result<Self> {
+    pub(super) fn new(proxy: &tungate_config::Proxy, broker: Option<&Arc<Broker>>) -> Result<Self> {
         let login = match &proxy.login {
             None => None,
             Some(login) => Some(Login {
@@ -55,7 +54,7 @@ impl Proxy {
         Ok(Self {
             address: proxy.address.clone(),
             login,
-            setup: SocketSetup::of(&proxy.socket, mark),
+            setup: SocketSetup::of(&proxy.socket, broker),
             found: Mutex::new(found),
         })
     }
@@ -124,9 +123,25 @@ pub(super) async fn connect(
     target: SocketAddr,
     client: Option<IpAddr>,
 ) -> io::Result<TcpStream> {
-    let socket: Socket = setup.open(Type::STREAM, None, target.ip(), client)?;
+    let socket = setup.open(Transport::Tcp, target.ip(), client)?;
     socket.set_tcp_nodelay(true)?;
     TcpSocket::from_std_stream(socket.into()).connect(target).await
+}
+
+/// Puts passwords in the place of the files that they are in, for a process that cannot read those.
+///
+/// # Errors
+///
+/// If one of the files cannot be read.
+pub(crate) fn read_passwords(egresses: &mut [tungate_config::Egress]) -> Result<()> {
+    for egress in egresses {
+        if let EgressKind::Socks5(proxy) | EgressKind::Http(proxy) = &mut egress.kind
+            && let Some(login) = &mut proxy.login
+        {
+            login.password = Password::Inline(read_password(&login.password)?);
+        }
+    }
+    Ok(())
 }
 
 fn read_password(password: &Password) -> Result<String> {

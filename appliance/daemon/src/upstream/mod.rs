@@ -5,6 +5,7 @@ pub(crate) mod errors;
 pub(crate) mod ping;
 pub(crate) mod relayed;
 pub(crate) mod socket;
+pub(crate) mod stock;
 pub(crate) mod tcp;
 pub(crate) mod udp;
 
@@ -14,7 +15,8 @@ use tokio::task::AbortHandle;
 
 pub(crate) use ping::Ping;
 pub(crate) use relayed::{Associating, Relayed};
-pub(crate) use socket::SocketSetup;
+pub(crate) use socket::{SocketSetup, Transport};
+pub(crate) use stock::Broker;
 pub(crate) use tcp::Tcp;
 pub(crate) use udp::Udp;
 

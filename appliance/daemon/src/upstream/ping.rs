@@ -8,14 +8,14 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use nix::sys::socket::{setsockopt, sockopt};
-use socket2::{Protocol, Socket, Type};
+use socket2::Socket;
 use tungate_engine::IngressId;
 use tungate_engine::io::IcmpError;
 use tungate_engine::packet::{Datagram, Echo};
 
 use super::Readiness;
 use super::errors::{SendError, next_send_error, send_error};
-use super::socket::SocketSetup;
+use super::socket::{SocketSetup, Transport};
 
 /// Length of an echo message's header.
 const HEADER_LEN: usize = 8;
@@ -63,17 +63,12 @@ impl Ping {
     ///
     /// Those of [`SocketSetup::open`]; EPERM or EACCES where neither kind is allowed.
     pub(crate) fn open(setup: &SocketSetup, client: IpAddr, target: IpAddr) -> io::Result<Self> {
-        let protocol = if target.is_ipv4() {
-            Protocol::ICMPV4
-        } else {
-            Protocol::ICMPV6
-        };
-        let open = |kind| setup.open(kind, Some(protocol), target, Some(client));
-        let (socket, kind) = match open(Type::DGRAM) {
+        let open = |transport| setup.open(transport, target, Some(client));
+        let (socket, kind) = match open(Transport::Ping) {
             Ok(socket) => (socket, Kind::Datagram),
             Err(error) if error.kind() == ErrorKind::PermissionDenied => {
                 let identifier = NEXT_IDENTIFIER.fetch_add(1, Ordering::Relaxed);
-                (open(Type::RAW)?, Kind::Raw { identifier })
+                (open(Transport::RawPing)?, Kind::Raw { identifier })
             }
             Err(error) => return Err(error),
         };

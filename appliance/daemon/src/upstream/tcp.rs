@@ -4,13 +4,13 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr};
 use std::time::Duration;
 
-use socket2::{Socket, Type};
+use socket2::Socket;
 use tungate_engine::io::UpstreamEvent;
 use tungate_engine::{FlowId, Timestamp};
 
 use super::Readiness;
 use super::errors::connect_error;
-use super::socket::SocketSetup;
+use super::socket::{SocketSetup, Transport};
 use crate::driver::Machine;
 
 /// Bytes per direction before other flows have their turn.
@@ -52,7 +52,7 @@ impl Tcp {
     ///
     /// The system's, where it knows at once that it cannot be done.
     pub(crate) fn connect(setup: &SocketSetup, client: IpAddr, target: SocketAddr) -> io::Result<Self> {
-        let socket = setup.open(Type::STREAM, None, target.ip(), Some(client))?;
+        let socket = setup.open(Transport::Tcp, target.ip(), Some(client))?;
         // What the client sends goes on as the client has cut it.
         socket.set_tcp_nodelay(true)?;
         match socket.connect(&target.into()) {

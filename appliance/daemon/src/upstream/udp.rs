@@ -12,13 +12,13 @@ use nix::errno::Errno;
 use nix::sys::socket::{
     ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt, sockopt,
 };
-use socket2::{Socket, Type};
+use socket2::Socket;
 use tungate_engine::io::IcmpError;
 
 use super::Readiness;
 use super::address::from_storage;
 use super::errors::{SendError, next_send_error, send_error};
-use super::socket::{SocketSetup, unspecified};
+use super::socket::{SocketSetup, Transport, unspecified};
 
 /// Datagrams that the kernel cuts from one send (UDP_MAX_SEGMENTS of older kernels).
 const SEGMENTS_MAX: usize = 64;
@@ -54,7 +54,7 @@ impl Udp {
     ///
     /// Those of [`SocketSetup::open`].
     pub(crate) fn open(setup: &SocketSetup, client: IpAddr, target: IpAddr) -> io::Result<Self> {
-        let socket = setup.open(Type::DGRAM, None, target, Some(client))?;
+        let socket = setup.open(Transport::Udp, target, Some(client))?;
         let is_ipv4 = target.is_ipv4();
         if is_ipv4 {
             setsockopt(&socket, sockopt::Ipv4RecvErr, &true)?;

@@ -123,7 +123,7 @@ impl Outside {
             return Ok(signals.supervise(self.child, forwarded).await?);
         };
         let runtime = tokio::runtime::Handle::current();
-        let egresses = Arc::new(Egresses::new(&self.loaded, None)?);
+        let egresses = Arc::new(Egresses::new(&self.loaded.egresses, None)?);
         egresses.look_up_proxies().await;
         egresses.watch(&runtime);
         let mut driver = Driver::start(Settings {
@@ -140,7 +140,7 @@ impl Outside {
             ended = signals.supervise(self.child, forwarded) => ended?,
             report = driver.report() => match report {
                 Report::Ended(Err(error)) => bail!("a shard has failed: {error}"),
-                Report::Ended(Ok(_)) | Report::Drained => bail!("a shard has ended"),
+                Report::Ended(Ok(_)) | Report::Drained | Report::Alive => bail!("a shard has ended"),
             },
         };
         drain(&mut driver, &mut signals).await;
@@ -163,6 +163,7 @@ async fn drain(driver: &mut Driver, signals: &mut supervise::Listening) {
             () = sleep_until(deadline) => return,
             report = driver.report() => match report {
                 Report::Drained => left -= 1,
+                Report::Alive => {}
                 Report::Ended(_) => return,
             },
         }

@@ -1,0 +1,297 @@
+//! The privileged process: it sets the host up, starts the worker that relays, and undoes everything at the end.
+//!
+//! No packet and no byte of a flow comes here. What the worker cannot do for lack of privilege is done for it: opening
+//! the device, opening marked and transparent sockets ([`sockets`]), reading the configuration and password files,
+//! changing rules when marks change. The two talk over the [link](crate::link).
+//!
+//! When the worker dies, nobody serves the device, so that the routes to it step back behind those that refuse (see
+//! `host::plan`). The supervisor ends then, with the refusal in place: what starts it again removes it first. Where the
+//! operator prefers traffic to go its usual way, everything is undone.
+
+mod process;
+mod signals;
+mod sockets;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use sd_notify::NotifyState;
+use tokio::time::{Interval, MissedTickBehavior, interval, timeout};
+use tungate_config::{Egress, Loaded};
+
+use self::process::Process;
+use self::signals::{Request, Signals};
+use self::sockets::Allowed;
+use crate::cli;
+use crate::commands::{capture_of, configuration, create_journal, explain_device};
+use crate::driver::default_shards;
+use crate::egress::read_passwords;
+use crate::host::{Capture, HostSetup, MARK};
+use crate::link::{News, Order, Start, Ways};
+
+/// How long open flows may go on after the request to end.
+const DRAIN_TIME: Duration = Duration::from_secs(10);
+/// How long the worker may take to put a policy into force: proxies' names are looked up.
+const REPLACE_TIME: Duration = Duration::from_secs(60);
+
+/// Runs the appliance on this host to its end.
+///
+/// # Errors
+///
+/// If the host cannot be set up, or the worker fails. Then traffic that was captured is refused, unless `arguments`
+/// ask for something else.
+pub(crate) async fn run(arguments: &cli::Run, loaded: Loaded) -> Result<ExitCode> {
+    // Signals are taken from here on, so that an early one does not leave a host half set up.
+    let mut signals = Signals::listen()?;
+    let mut setup = HostSetup::begin().await?;
+    let result = supervise(arguments, loaded, &mut setup, &mut signals).await;
+    notify(&[NotifyState::Stopping]);
+    if result.is_err() && setup.captures() && !arguments.fail_open {
+        // What was to be relayed must not go its usual way unseen.
+        tracing::error!("traffic is refused until the next `tungate run`, or `tungate cleanup`");
+        return result.map(|()| ExitCode::FAILURE);
+    }
+    let undone = setup.undo().await;
+    result.and(undone).map(|()| ExitCode::SUCCESS)
+}
+
+/// The marks of packets that the appliance's own sockets send.
+pub(crate) fn marks(egresses: &[Egress]) -> BTreeSet<u32> {
+    let configured = sockets::socket_options(egresses).filter_map(|options| options.mark);
+    configured.chain([MARK]).collect()
+}
+
+async fn supervise(
+    arguments: &cli::Run,
+    mut loaded: Loaded,
+    setup: &mut HostSetup,
+    signals: &mut Signals,
+) -> Result<()> {
+    if !arguments.from.is_empty() {
+        // Behind an interface there is a network, which may lose packets.
+        loaded.engine.clients = tungate_engine::config::Clients::Routed;
+    }
+    for interface in &arguments.from {
+        if nix::net::if_::if_nametoindex(interface.as_str()).is_err() {
+            bail!("there is no interface {interface:?}: `ip link` lists them");
+        }
+    }
+    read_passwords(&mut loaded.egresses)?;
+    let journal = arguments.journal.as_deref().map(create_journal).transpose()?;
+    let device = setup
+        .create_device(loaded.engine.mtu, default_shards(), !arguments.fail_open)
+        .map_err(explain_device)
+        .context("cannot create the TUN device")?;
+    let capture = capture_of(arguments, &loaded);
+    setup.make(capture.preparation()).await?;
+    let allowed = Allowed::by(&loaded.egresses);
+    let line = sockets::serve(allowed.clone()).context("cannot serve the relaying process")?;
+    let engine = loaded.engine.clone();
+    let start = Start {
+        json_log: arguments.json,
+        engine: loaded.engine,
+        ways: Ways {
+            policy: loaded.policy,
+            egresses: loaded.egresses,
+        },
+        udp_segmentation: device.udp_segmentation,
+        has_journal: journal.is_some(),
+        mark: MARK,
+    };
+    let mut worker = Process::start(start, line, device, journal).await?;
+    // The worker looks names of proxies up before queries of names are captured themselves.
+    let shards = tokio::select! {
+        () = signals.end() => {
+            worker.end().await;
+            return Ok(());
+        }
+        news = worker.next() => match news? {
+            News::Started { shards } => shards,
+            news => bail!("the relaying process has begun with {news:?}"),
+        },
+    };
+    setup.make(capture.rules()).await?;
+    tracing::info!(
+        device = capture.device,
+        clients = if arguments.from.is_empty() {
+            "this host".to_owned()
+        } else {
+            arguments.from.join(", ")
+        },
+        shards,
+        ipv6 = capture.address_v6.is_some(),
+        "relaying"
+    );
+    notify(&[NotifyState::Ready]);
+    let mut running = Running {
+        configuration: arguments.policy.config.as_deref(),
+        engine,
+        allowed,
+        capture,
+        worker,
+        watchdog: Watchdog::new(),
+    };
+    running.until_told(setup, signals).await?;
+    notify(&[NotifyState::Stopping]);
+    running.drain(signals).await;
+    running.worker.end().await;
+    Ok(())
+}
+
+struct Running<'a> {
+    configuration: Option<&'a Path>,
+    engine: tungate_engine::Config,
+    allowed: Allowed,
+    capture: Capture,
+    worker: Process,
+    watchdog: Watchdog,
+}
+
+impl Running<'_> {
+    /// Serves until a signal asks for the end.
+    ///
+    /// # Errors
+    ///
+    /// If the worker fails.
+    async fn until_told(&mut self, setup: &mut HostSetup, signals: &mut Signals) -> Result<()> {
+        loop {
+            tokio::select! {
+                request = signals.next() => match request {
+                    Request::End => return Ok(()),
+                    Request::Reload => self.reload(setup).await,
+                },
+                () = self.watchdog.due() => self.worker.tell(&Order::Check).await?,
+                news = self.worker.next() => self.watchdog.note(&news?),
+            }
+        }
+    }
+
+    /// Reads the configuration again. If anything is wrong with it, the old policy stays.
+    async fn reload(&mut self, setup: &mut HostSetup) {
+        notify(&[NotifyState::Reloading, monotonic()]);
+        match self.try_reload(setup).await {
+            Ok((lists, rules)) => tracing::info!(lists, rules, "the policy has been replaced"),
+            Err(error) => {
+                tracing::error!("the configuration is not used, and the policy stays as it was:\n{error:#}");
+            }
+        }
+        notify(&[NotifyState::Ready]);
+    }
+
+    /// Returns the numbers of lists and rules.
+    async fn try_reload(&mut self, setup: &mut HostSetup) -> Result<(usize, usize)> {
+        let Some(path) = self.configuration else {
+            bail!("this appliance runs without a configuration file: start it with --config");
+        };
+        let mut loaded = configuration(Some(path))?;
+        loaded.engine.clients = self.engine.clients;
+        if loaded.engine != self.engine {
+            tracing::warn!("limits, timeouts and other settings of the engine take effect at the next start");
+        }
+        let mut egresses = loaded.egresses;
+        read_passwords(&mut egresses)?;
+        let marks = marks(&egresses);
+        setup.make(self.capture.rules_of_marks(&marks)).await?;
+        self.allowed.add(&egresses);
+        let numbers = (loaded.policy.lists.len(), loaded.policy.rules.len());
+        let order = Order::Replace(Ways {
+            policy: loaded.policy,
+            egresses,
+        });
+        self.worker.tell(&order).await?;
+        timeout(REPLACE_TIME, self.replaced())
+            .await
+            .context("the relaying process does not answer")??;
+        if let Order::Replace(ways) = order {
+            self.allowed.keep_only(&ways.egresses);
+        }
+        let old = std::mem::replace(&mut self.capture.marks, marks);
+        setup.take_back(&self.capture.rules_of_marks(&old)).await?;
+        Ok(numbers)
+    }
+
+    /// Waits until the worker has replaced its policy.
+    async fn replaced(&mut self) -> Result<()> {
+        loop {
+            match self.worker.next().await? {
+                News::Replaced => return Ok(()),
+                news => self.watchdog.note(&news),
+            }
+        }
+    }
+
+    /// Lets open flows finish, for a while or until another signal.
+    async fn drain(&mut self, signals: &mut Signals) {
+        tracing::info!(
+            seconds = DRAIN_TIME.as_secs(),
+            "ending: open flows may finish, new ones are refused"
+        );
+        if self.worker.tell(&Order::Drain).await.is_err() {
+            return; // it has died, and there is nothing to wait for
+        }
+        let drained = async {
+            while let Ok(news) = self.worker.next().await {
+                if let News::Drained = news {
+                    return;
+                }
+            }
+        };
+        tokio::select! {
+            () = signals.end() => {}
+            _ = timeout(DRAIN_TIME, drained) => {}
+        }
+    }
+}
+
+/// Tells the service manager that everything goes on, as often as it wants to hear it, after each shard has said so.
+struct Watchdog {
+    checks: Option<Interval>,
+    /// A check has not been answered yet.
+    waiting: bool,
+}
+
+impl Watchdog {
+    fn new() -> Self {
+        let checks = sd_notify::watchdog_enabled().map(|period| {
+            let mut checks = interval(period / 3);
+            checks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            checks
+        });
+        Self {
+            checks,
+            waiting: false,
+        }
+    }
+
+    /// Waits until the worker is to be checked.
+    async fn due(&mut self) {
+        match &mut self.checks {
+            Some(checks) if !self.waiting => {
+                checks.tick().await;
+                self.waiting = true;
+            }
+            Some(_) | None => std::future::pending().await,
+        }
+    }
+
+    fn note(&mut self, news: &News) {
+        if let News::Alive = news {
+            self.waiting = false;
+            notify(&[NotifyState::Watchdog]);
+        }
+    }
+}
+
+/// Tells the service manager, if there is one.
+fn notify(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::debug!(%error, "the service manager cannot be told");
+    }
+}
+
+fn monotonic() -> NotifyState<'static> {
+    NotifyState::monotonic_usec_now().unwrap_or(NotifyState::Status("reloading"))
+}

@@ -1,0 +1,183 @@
+//! The process that relays: an ordinary user's, without capabilities and without files to read.
+//!
+//! Everything it needs comes from the supervisor over the [link](crate::link): the device's queues, sockets with marks,
+//! the policy, the journal. It ends when it is told to, and when the supervisor is gone.
+
+mod privilege;
+
+use std::fs::File;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{SigHandler, Signal, signal};
+use tokio::time::interval;
+use tungate_engine::Policy;
+
+use crate::commands::{closed, report, runtime};
+use crate::driver::{Device, Driver, Message, Report, Settings};
+use crate::egress::{Dialer, Egresses};
+use crate::link::{Link, News, Order, Start, Ways, receive_descriptors};
+use crate::logs;
+use crate::upstream::Broker;
+
+/// How often the wall clock is compared with ours, and what difference counts as its having been set.
+const CLOCK_CHECK: Duration = Duration::from_secs(10);
+const CLOCK_STEP: Duration = Duration::from_millis(500);
+
+/// Runs the worker; the link is its standard input.
+///
+/// # Errors
+///
+/// If it cannot take its place.
+pub(crate) fn run() -> Result<ExitCode> {
+    privilege::drop_privileges()?;
+    // After the change of the user, which resets it. If the supervisor is gone already, the link is closed.
+    set_pdeathsig(Signal::SIGKILL).context("cannot follow the supervisor")?;
+    for ignored in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        // SAFETY: to ignore a signal runs no code of ours.
+        unsafe { signal(ignored, SigHandler::SigIgn) }.context("cannot leave signals to the supervisor")?;
+    }
+    // SAFETY: the supervisor has made standard input one end of the link, and nobody else uses it.
+    let stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(0) });
+    let descriptors = receive_descriptors(&stream).context("the supervisor has sent nothing")?;
+    runtime()?.block_on(async {
+        let mut link = Link::new(stream)?;
+        let Some(Order::Start(start)) = link.receive().await? else {
+            return Ok(ExitCode::FAILURE); // the supervisor has gone
+        };
+        logs::to_stderr(start.json_log);
+        match work(*start, descriptors, &mut link).await {
+            Ok(()) => Ok(ExitCode::SUCCESS),
+            Err(error) => {
+                link.send(&News::Failed(format!("{error:#}"))).await?;
+                Ok(ExitCode::FAILURE)
+            }
+        }
+    })
+}
+
+/// Relays until told to end, or until the supervisor is gone.
+async fn work(start: Start, descriptors: Vec<OwnedFd>, link: &mut Link) -> Result<()> {
+    let mut descriptors = descriptors.into_iter();
+    let line = descriptors.next().context("there is no line for sockets")?;
+    let journal = start
+        .has_journal
+        .then(|| descriptors.next_back())
+        .flatten()
+        .map(File::from);
+    let device = Device {
+        queues: descriptors.collect(),
+        udp_segmentation: start.udp_segmentation,
+    };
+    let broker = Broker::new(line, start.mark)?;
+    let egresses = prepare(&start.ways, &broker).await?;
+    let driver = Driver::start(Settings {
+        config: start.engine,
+        policy: Arc::new(Policy::new(start.ways.policy)),
+        egresses,
+        dialer: Dialer::new(tokio::runtime::Handle::current()),
+        device,
+        journal,
+    })
+    .context("cannot start the driver")?;
+    let shards = driver.shards();
+    link.send(&News::Started { shards }).await?;
+    let mut worker = Worker {
+        driver,
+        broker,
+        undrained: 0,
+        unheard: 0,
+    };
+    let result = worker.obey(link).await;
+    worker.end().await;
+    result
+}
+
+/// Makes ways out ready to be used.
+async fn prepare(ways: &Ways, broker: &Arc<Broker>) -> Result<Arc<Egresses>> {
+    let egresses = Arc::new(Egresses::new(&ways.egresses, Some(broker))?);
+    egresses.look_up_proxies().await;
+    egresses.watch(&tokio::runtime::Handle::current());
+    Ok(egresses)
+}
+
+struct Worker {
+    driver: Driver,
+    broker: Arc<Broker>,
+    /// Shards that have open flows, once they are to finish them.
+    undrained: usize,
+    /// Shards that have not been heard of since the last check.
+    unheard: usize,
+}
+
+impl Worker {
+    /// Does as it is told.
+    ///
+    /// # Errors
+    ///
+    /// If a shard ends by itself, or the supervisor cannot be understood.
+    async fn obey(&mut self, link: &mut Link) -> Result<()> {
+        let mut clock_checks = interval(CLOCK_CHECK);
+        let mut offset = self.driver.clock.wall_offset();
+        loop {
+            tokio::select! {
+                order = link.receive() => match order? {
+                    None | Some(Order::End) => return Ok(()),
+                    Some(Order::Start(_)) => bail!("there is no starting twice"),
+                    Some(Order::Replace(ways)) => {
+                        let egresses = prepare(&ways, &self.broker).await?;
+                        let policy = Arc::new(Policy::new(ways.policy));
+                        self.driver.tell(|| Message::Policy(policy.clone(), egresses.clone()));
+                        link.send(&News::Replaced).await?;
+                    }
+                    Some(Order::Check) => {
+                        self.unheard = self.driver.shards();
+                        self.driver.tell(|| Message::Check);
+                    }
+                    Some(Order::Drain) => {
+                        self.undrained = self.driver.shards();
+                        self.driver.tell(|| Message::Drain);
+                    }
+                },
+                _ = clock_checks.tick() => {
+                    let now = self.driver.clock.wall_offset();
+                    if now.abs_diff(offset) > CLOCK_STEP.as_nanos() as u64 {
+                        offset = now;
+                        self.driver.tell(|| Message::WallClock(now));
+                    }
+                }
+                report = self.driver.report() => match report {
+                    Report::Drained => {
+                        self.undrained -= 1;
+                        if self.undrained == 0 {
+                            link.send(&News::Drained).await?;
+                        }
+                    }
+                    Report::Alive => {
+                        self.unheard -= 1;
+                        if self.unheard == 0 {
+                            link.send(&News::Alive).await?;
+                        }
+                    }
+                    Report::Ended(Err(error)) => bail!("a shard has failed: {error}"),
+                    Report::Ended(Ok(_)) => bail!("a shard has ended"),
+                },
+            }
+        }
+    }
+
+    /// Resets what is still open, and ends.
+    async fn end(self) {
+        let policy = Arc::new(Policy::new(closed()));
+        if let Ok(egresses) = Egresses::new(&[], None).map(Arc::new) {
+            self.driver
+                .tell(|| Message::Policy(policy.clone(), egresses.clone()));
+        }
+        report(&self.driver.stop().await);
+    }
+}
