@@ -217,6 +217,7 @@ fn a_killed_appliance_lets_nothing_go_direct_until_cleanup() {
 
     // Where the operator prefers so, traffic goes its usual way at once.
     kill(&["--fail-open"]);
+    wait_until(|| !lab.host.ip("-o link").contains("tungate0"));
     lab.host.connect("192.0.2.7:1000").unwrap();
 }
 

@@ -35,6 +35,7 @@ const CLOCK_STEP: Duration = Duration::from_millis(500);
 ///
 /// If it cannot take its place.
 pub(crate) fn run() -> Result<ExitCode> {
+    rustix::thread::set_name(c"tungate worker")?;
     privilege::drop_privileges()?;
     // After the change of the user, which resets it. If the supervisor is gone already, the link is closed.
     set_pdeathsig(Signal::SIGKILL).context("cannot follow the supervisor")?;

@@ -23,10 +23,17 @@ const NOBODY: u32 = 65_534;
 ///
 /// If something cannot be given up.
 pub(super) fn drop_privileges() -> Result<()> {
+    // The bounding set first: it takes a capability.
+    limit_capabilities().context("cannot rule new capabilities out")?;
     if geteuid().is_root() {
         become_user().context("cannot become an ordinary user")?;
     }
-    drop_capabilities().context("cannot give capabilities up")?;
+    let none = CapabilitySets {
+        effective: CapabilitySet::empty(),
+        permitted: CapabilitySet::empty(),
+        inheritable: CapabilitySet::empty(),
+    };
+    set_capabilities(None, none).context("cannot give capabilities up")?;
     // Nobody but root looks into this process.
     set_dumpable(false)?;
     Ok(())
@@ -55,20 +62,16 @@ fn is_in_user_namespace() -> bool {
     std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| !map.split_whitespace().eq(all))
 }
 
-fn drop_capabilities() -> io::Result<()> {
+fn limit_capabilities() -> io::Result<()> {
     set_no_new_privs(true)?;
     clear_ambient_capability_set()?;
     for capability in CapabilitySet::all().iter() {
         match remove_capability_from_bounding_set(capability) {
-            // The kernel does not know it, or this process has lost the right to remove it, and with it all others.
+            // The kernel does not know it. Or a service without CAP_SETPCAP may not: no program that it could run has
+            // capabilities all the same.
             Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::PERM) => {}
             Err(error) => return Err(error.into()),
         }
     }
-    let none = CapabilitySets {
-        effective: CapabilitySet::empty(),
-        permitted: CapabilitySet::empty(),
-        inheritable: CapabilitySet::empty(),
-    };
-    Ok(set_capabilities(None, none)?)
+    Ok(())
 }

@@ -226,16 +226,30 @@ pub struct Appliance {
 
 impl Appliance {
     pub fn start(namespace: &Namespace, arguments: &[&str]) -> Self {
+        let appliance = Self::spawn(namespace, arguments, &[]);
+        appliance.log.wait(|line| line["message"] == "relaying");
+        appliance
+    }
+
+    /// Starts one without waiting until it works.
+    pub fn spawn(namespace: &Namespace, arguments: &[&str], environment: &[(&str, &str)]) -> Self {
         let mut process = namespace
             .command(TUNGATE)
             .args(["run", "--json"])
             .args(arguments)
+            .envs(environment.iter().copied())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
         let log = Log::follow(process.stderr.take().unwrap());
-        log.wait(|line| line["message"] == "relaying");
         Self { process, log }
+    }
+
+    /// The process that relays.
+    pub fn worker(&self) -> Pid {
+        let pid = self.process.id();
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+        Pid::from_raw(children.trim().parse().unwrap())
     }
 
     pub fn signal(&self, signal: Signal) {
