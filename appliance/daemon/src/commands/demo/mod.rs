@@ -17,7 +17,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use nix::sched::{CloneFlags, setns, unshare};
-use tungate_config::Loaded;
 use tungate_engine::policy::{Action, ListEntry, PolicySpec, PortRange, Rule, RuleMatch};
 use tungate_engine::{Config, Policy, Protocol};
 
@@ -60,7 +59,7 @@ fn perform(screen: &Screen) -> Result<bool> {
     let config = config();
     let (device, client) = std::thread::scope(|scope| scope.spawn(|| make_client(&config, ipv6)).join())
         .map_err(|_| anyhow!("the client's thread has panicked"))??;
-    let egresses = Arc::new(Egresses::new(&Loaded::default(), None)?);
+    let egresses = Arc::new(Egresses::new(&[], None)?);
     let driver = Driver::start(Settings {
         config,
         policy: Arc::new(Policy::new(policy(Vec::new()))),
