@@ -5,7 +5,7 @@
 
 mod support;
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
@@ -108,8 +108,20 @@ enum Turn {
 
 /// Tests that need the node open share it; those that need it closed have it alone.
 static TURNS: RwLock<()> = RwLock::new(());
-/// How many have changed the mode, and what it was before.
-static CHANGED: Mutex<(u32, u32)> = Mutex::new((0, 0));
+/// What the tests of this process have changed.
+static CHANGED: Mutex<Changed> = Mutex::new(Changed {
+    times: 0,
+    mode: 0,
+    lock: None,
+});
+
+struct Changed {
+    times: u32,
+    /// What it was before.
+    mode: u32,
+    /// Held meanwhile, so that no other process with these tests does the same.
+    lock: Option<File>,
+}
 
 impl DeviceNode {
     /// Lets everybody open it, as distributions do.
@@ -129,12 +141,15 @@ impl DeviceNode {
     }
 
     fn with_mode(turn: Turn, mode: u32) -> Self {
-        let mut changed = CHANGED.lock().unwrap();
-        if changed.0 == 0 {
-            changed.1 = mode_of(TUN);
-        }
-        changed.0 += 1;
         if geteuid().is_root() {
+            let mut changed = CHANGED.lock().unwrap();
+            if changed.times == 0 {
+                let node = File::open(TUN).unwrap();
+                node.lock().unwrap();
+                changed.lock = Some(node);
+                changed.mode = mode_of(TUN);
+            }
+            changed.times += 1;
             fs::set_permissions(TUN, fs::Permissions::from_mode(mode)).unwrap();
         }
         Self { _turn: turn }
@@ -143,10 +158,13 @@ impl DeviceNode {
 
 impl Drop for DeviceNode {
     fn drop(&mut self) {
-        let mut changed = CHANGED.lock().unwrap();
-        changed.0 -= 1;
-        if changed.0 == 0 && geteuid().is_root() {
-            fs::set_permissions(TUN, fs::Permissions::from_mode(changed.1)).unwrap();
+        if geteuid().is_root() {
+            let mut changed = CHANGED.lock().unwrap();
+            changed.times -= 1;
+            if changed.times == 0 {
+                fs::set_permissions(TUN, fs::Permissions::from_mode(changed.mode)).unwrap();
+                changed.lock = None;
+            }
         }
     }
 }
@@ -163,7 +181,7 @@ fn skipped(programs: &[&str]) -> bool {
     };
     let missing = if !Path::new(TUN).exists() {
         Some(format!("{TUN} is not there"))
-    } else if !geteuid().is_root() && fs::File::options().read(true).write(true).open(TUN).is_err() {
+    } else if !geteuid().is_root() && File::options().read(true).write(true).open(TUN).is_err() {
         Some(format!("this user cannot open {TUN}"))
     } else if !namespaces_work() {
         Some("this user may not make namespaces".to_owned())
@@ -725,12 +743,15 @@ fn the_device_node_is_put_back() {
     if skipped(&[]) || !geteuid().is_root() {
         return;
     }
-    let before = {
-        let _nobody_else = TURNS.write().unwrap_or_else(|error| error.into_inner());
+    let undisturbed = || {
+        let _turn = TURNS.write().unwrap_or_else(|error| error.into_inner());
+        let node = File::open(TUN).unwrap();
+        node.lock().unwrap();
         mode_of(TUN)
     };
+    let before = undisturbed();
     drop(DeviceNode::open());
+    assert_eq!(undisturbed(), before);
     drop(DeviceNode::closed());
-    let _nobody_else = TURNS.write().unwrap_or_else(|error| error.into_inner());
-    assert_eq!(mode_of(TUN), before);
+    assert_eq!(undisturbed(), before);
 }

@@ -1,7 +1,6 @@
 //! Network namespaces of our own, whose only way out is the device.
 
 use std::fs::{self, OpenOptions};
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::{Context, Result, anyhow};
@@ -25,14 +24,14 @@ pub(crate) fn check_device_node() -> Result<()> {
     let Err(error) = OpenOptions::new().read(true).write(true).open(DEVICE_NODE) else {
         return Ok(());
     };
-    let way_out = match error.kind() {
-        io::ErrorKind::NotFound => {
-            "load the kernel's module with `modprobe tun`, or give the container the device (docker run --device /dev/net/tun)"
+    const CONTAINER: &str = "give the container the device (docker run --device /dev/net/tun)";
+    let way_out = match error.raw_os_error() {
+        Some(libc::ENOENT) => format!("load the kernel's module with `modprobe tun`, or {CONTAINER}"),
+        Some(libc::EPERM) => CONTAINER.to_owned(),
+        Some(libc::EACCES) => {
+            "it needs the mode that most distributions give it: `chmod 0666 /dev/net/tun` as root".to_owned()
         }
-        io::ErrorKind::PermissionDenied => {
-            "it needs the mode that most distributions give it: `chmod 0666 /dev/net/tun` as root"
-        }
-        _ => "the kernel has no TUN support here",
+        _ => "the kernel has no TUN support here".to_owned(),
     };
     Err(anyhow!("cannot open {DEVICE_NODE}: {error}; {way_out}"))
 }
