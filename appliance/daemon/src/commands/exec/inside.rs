@@ -2,9 +2,9 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, Read, Write};
 use std::net::Ipv6Addr;
-use std::os::fd::AsRawFd;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -16,14 +16,14 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::CloneFlags;
 use nix::sys::prctl::{set_child_subreaper, set_pdeathsig};
 use nix::sys::signal::{SigmaskHow, Signal, sigprocmask};
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::unistd::{Pid, getppid};
 use tungate_engine::Config;
 
 use super::supervise::{Fate, Signals, die_by, end_children, kill_children};
-use super::{FAILED, complain, queues, runtime};
-use crate::driver::Device;
+use super::{FAILED, complain, runtime};
+use crate::driver::{Device, default_shards};
 use crate::host::{self, DEVICE, device_addresses};
+use crate::link::send_descriptors;
 
 /// The command is there but cannot be run, or is not there: as shells have it.
 const NOT_EXECUTABLE: i32 = 126;
@@ -55,30 +55,25 @@ pub(super) fn run(
 }
 
 /// Makes the namespaces ready. Returns whether the other side is ready, too.
-fn set_up(config: &Config, resolver: &str, outside: &UnixStream) -> Result<bool> {
+fn set_up(config: &Config, resolver: &str, mut outside: &UnixStream) -> Result<bool> {
     host::enter_namespaces(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)?;
     // Mounts made here are seen here only.
     let all = MsFlags::MS_SLAVE | MsFlags::MS_REC;
     mount(None::<&str>, "/", None::<&str>, all, None::<&str>)
         .context("cannot keep mounts to this namespace")?;
-    let device = Device::create(DEVICE, config.mtu, queues(), false)
+    let device = Device::create(DEVICE, config.mtu, default_shards(), false)
         .context("cannot make a TUN device in the new network namespace")?;
     let (v4, v6) = device_addresses(config);
     let v6: Option<Ipv6Addr> = host::has_ipv6().then_some(v6);
     runtime()?.block_on(host::enclose(DEVICE, v4, v6))?;
     host::allow_pings();
-    let fds: Vec<_> = device.queues.iter().map(AsRawFd::as_raw_fd).collect();
-    sendmsg::<()>(
-        outside.as_raw_fd(),
-        &[IoSlice::new(&[u8::from(device.udp_segmentation)])],
-        &[ControlMessage::ScmRights(&fds)],
-        MsgFlags::MSG_NOSIGNAL,
-        None,
-    )
-    .context("cannot hand the TUN device over")?;
+    let fds: Vec<_> = device.queues.iter().map(AsFd::as_fd).collect();
+    let handed = send_descriptors(outside, &fds);
+    handed
+        .and_then(|()| outside.write_all(&[u8::from(device.udp_segmentation)]))
+        .context("cannot hand the TUN device over")?;
     drop(device);
     mount_resolver(resolver)?;
-    let mut outside = outside;
     Ok(outside.read_exact(&mut [0]).is_ok())
 }
 

@@ -8,8 +8,7 @@ mod inside;
 mod resolver;
 mod supervise;
 
-use std::io::{self, IoSliceMut, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -18,7 +17,6 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use nix::sys::prctl::set_child_subreaper;
 use nix::sys::signal::{Signal, kill};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::unistd::{ForkResult, Pid, fork};
 use tokio::time::{Instant, sleep_until};
 use tungate_config::Loaded;
@@ -28,16 +26,15 @@ use self::resolver::Resolver;
 use self::supervise::{Ended, Fate, Signals, end_children};
 use super::run::{closed, create_journal, raise_descriptor_limit, runtime};
 use super::{Rendered, configuration};
-use crate::driver::{Device, Driver, Message, Report, Settings, default_shards};
+use crate::driver::{Device, Driver, Message, Report, Settings};
 use crate::egress::{Dialer, Egresses};
+use crate::link::receive_descriptors;
 use crate::{cli, host, logs};
 
 /// What a command's wrapper exits with when it has failed itself, as with env(1) and timeout(1).
 const FAILED: u8 = 125;
 /// How long bytes that the command has left behind may take to go out.
 const DRAIN_TIME: Duration = Duration::from_secs(5);
-/// More queues than a device gets.
-const QUEUES_MAX: usize = 16;
 
 pub(super) fn run(arguments: &cli::Exec) -> Result<ExitCode> {
     Ok(exec(arguments).unwrap_or_else(|error| {
@@ -171,30 +168,15 @@ async fn drain(driver: &mut Driver, signals: &mut supervise::Listening) {
 }
 
 /// Waits for the device; `None` if the process inside has ended instead.
-fn receive_device(socket: &UnixStream) -> io::Result<Option<Device>> {
-    let mut udp_segmentation = [0];
-    let mut control = nix::cmsg_space!([libc::c_int; QUEUES_MAX]);
-    let mut payload = [IoSliceMut::new(&mut udp_segmentation)];
-    let received = recvmsg::<()>(
-        socket.as_raw_fd(),
-        &mut payload,
-        Some(&mut control),
-        MsgFlags::MSG_CMSG_CLOEXEC,
-    )?;
-    let mut queues = Vec::new();
-    for message in received.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(fds) = message {
-            // SAFETY: the kernel has just made these descriptors for us.
-            queues.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-        }
+fn receive_device(mut socket: &UnixStream) -> io::Result<Option<Device>> {
+    let queues = receive_descriptors(socket)?;
+    if queues.is_empty() {
+        return Ok(None);
     }
-    Ok((!queues.is_empty()).then_some(Device {
+    let mut udp_segmentation = [0];
+    socket.read_exact(&mut udp_segmentation)?;
+    Ok(Some(Device {
         queues,
         udp_segmentation: udp_segmentation == [1],
     }))
-}
-
-/// How many queues the device gets.
-fn queues() -> u8 {
-    default_shards().min(QUEUES_MAX as u8)
 }
