@@ -15,7 +15,7 @@ use std::sync::{Mutex, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, geteuid, getuid};
-use support::{Background, TUNGATE, file, text, wait_until};
+use support::{Background, Namespace, SERVER, SERVER6, TUNGATE, file, text, wait_until};
 
 const TUN: &str = "/dev/net/tun";
 /// Whoever runs as this user has no rights at all.
@@ -209,7 +209,10 @@ fn namespaces_work() -> bool {
 
 /// A web server on loopback that answers every request with who asked for what, until the test ends.
 fn web_server(address: &str) -> SocketAddr {
-    let listener = TcpListener::bind(address).unwrap();
+    serve_web(TcpListener::bind(address).unwrap())
+}
+
+fn serve_web(listener: TcpListener) -> SocketAddr {
     let address = listener.local_addr().unwrap();
     std::thread::spawn(move || {
         for stream in listener.incoming().map_while(Result::ok) {
@@ -340,8 +343,7 @@ fn a_command_has_its_own_user_and_no_rights_that_the_user_has_not() {
 }
 
 /// A name server on loopback that knows the same address for every name.
-fn name_server(address: &str) -> SocketAddr {
-    let socket = UdpSocket::bind(address).unwrap();
+fn name_server(socket: UdpSocket) -> SocketAddr {
     let address = socket.local_addr().unwrap();
     std::thread::spawn(move || {
         let mut query = [0; 512];
@@ -355,7 +357,7 @@ fn name_server(address: &str) -> SocketAddr {
             if is_address {
                 answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 192, 0, 2, 7]);
             }
-            socket.send_to(&answer, client).unwrap();
+            let _ = socket.send_to(&answer, client);
         }
     });
     address
@@ -372,7 +374,7 @@ fn names_are_asked_of_a_server_that_only_this_host_can_reach() {
         &directory,
         &redirect("web", "192.0.2.7/32", web_server("127.0.0.1:0")),
     );
-    let resolver = name_server("127.0.0.1:0").to_string();
+    let resolver = name_server(UdpSocket::bind("127.0.0.1:0").unwrap()).to_string();
     for caller in Caller::all() {
         let command = [
             "curl",
@@ -385,6 +387,92 @@ fn names_are_asked_of_a_server_that_only_this_host_can_reach() {
         let output = output(caller.exec(&["-c", &config, "--resolver", &resolver], &command));
         assert_eq!(text(&output.stderr), "", "{caller:?}");
         assert_eq!(text(&output.stdout), "you asked: GET / HTTP/1.1\n");
+    }
+}
+
+/// A namespace that stands for a whole host, with ordinary users who may ping.
+fn host() -> Option<Namespace> {
+    if !geteuid().is_root() {
+        println!("skipped: a host of one's own needs root");
+        return None;
+    }
+    let host = Namespace::new();
+    host.enter(|| fs::write("/proc/sys/net/ipv4/ping_group_range", "0 2147483647").unwrap());
+    host.ip(&format!("address add {SERVER}/32 dev lo"));
+    host.ip(&format!("address add {SERVER6}/128 dev lo nodad"));
+    Some(host)
+}
+
+/// `command`, on `host`.
+fn on(host: &Namespace, command: &Command) -> Command {
+    let mut there = host.command(command.get_program().to_str().unwrap());
+    there.args(command.get_args()).stdin(Stdio::null());
+    there
+}
+
+#[test]
+fn the_hosts_own_resolver_is_asked_though_it_listens_on_loopback_only() {
+    if skipped(&["curl", "nsenter"]) {
+        return;
+    }
+    let Some(host) = host() else { return };
+    let _node = DeviceNode::open();
+    let directory = tempfile::tempdir().unwrap();
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let resolver = file(
+        directory.path(),
+        "resolv.conf",
+        "nameserver 127.0.0.53\noptions edns0 trust-ad\n",
+    );
+    name_server(host.udp("127.0.0.53:53"));
+    serve_web(host.listen("192.0.2.7:80"));
+    for &caller in Caller::all() {
+        let curl = "cat /etc/resolv.conf; curl --silent --show-error --max-time 30 http://www.example/";
+        let exec = caller.exec(&[], &["sh", "-c", curl]);
+        let mut mounted = Command::new("unshare");
+        mounted
+            .args([
+                "--mount",
+                "sh",
+                "-c",
+                "mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"",
+                &resolver,
+            ])
+            .arg(exec.get_program())
+            .args(exec.get_args());
+        let output = output(on(&host, &mounted));
+        assert_eq!(text(&output.stderr), "", "{caller:?}");
+        assert_eq!(
+            text(&output.stdout),
+            "nameserver 198.18.0.1\noptions edns0 trust-ad\nyou asked: GET / HTTP/1.1\n"
+        );
+    }
+}
+
+#[test]
+fn pings_are_answered_by_their_targets_and_by_nobody_else() {
+    if skipped(&["ping", "nsenter"]) {
+        return;
+    }
+    let Some(host) = host() else { return };
+    let _node = DeviceNode::open();
+    for &caller in Caller::all() {
+        let ping = |target| {
+            let exec = caller.exec(&[], &["ping", "-n", "-c", "1", "-W", "10", target]);
+            output(on(&host, &exec))
+        };
+        for target in [SERVER, SERVER6] {
+            let output = ping(target);
+            assert!(output.status.success(), "{caller:?} {}", text(&output.stdout));
+            assert!(text(&output.stdout).contains(&format!("bytes from {target}")));
+        }
+        let nobody = ping("198.51.100.1");
+        assert_eq!(
+            nobody.status.code(),
+            Some(1),
+            "{caller:?} {}",
+            text(&nobody.stdout)
+        );
     }
 }
 
