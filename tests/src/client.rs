@@ -306,6 +306,16 @@ impl TcpClient {
         self.acked.min(self.queued)
     }
 
+    /// Its own address.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Whether a segment belongs to its addresses.
+    pub fn is_for(&self, segment: &Segment) -> bool {
+        (segment.destination, segment.source) == (self.address, self.target)
+    }
+
     /// Its initial sequence number.
     pub fn initial(&self) -> u32 {
         self.initial
