@@ -565,6 +565,26 @@ fn bytes_that_a_command_leaves_behind_still_go_out() {
     }
 }
 
+#[test]
+fn a_way_out_that_takes_a_privilege_is_warned_of() {
+    if skipped(&[]) {
+        return;
+    }
+    let _node = DeviceNode::open();
+    let directory = tempfile::tempdir().unwrap();
+    let config = configuration(
+        &directory,
+        "[[egress]]\nname = \"office\"\nkind = \"direct\"\nmark = 5\n",
+    );
+    for &caller in Caller::all() {
+        let output = output(caller.exec(&["-c", &config], &["true"]));
+        assert_eq!(output.status.code(), Some(0));
+        let told = text(&output.stderr);
+        let is_warned = told.contains("tungate: warn: ") && told.contains("egress=\"office\"");
+        assert_eq!(is_warned, caller.user() != 0, "{caller:?} {told}");
+    }
+}
+
 /// Starts a script behind the appliance; it says who it is before anything else.
 fn start(caller: Caller, script: &str) -> (Background, BufReader<std::process::ChildStdout>) {
     let mut exec = caller.exec(&[], &["sh", "-c", script]);

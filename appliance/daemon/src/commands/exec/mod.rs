@@ -9,6 +9,7 @@ mod resolver;
 mod supervise;
 
 use std::io::{self, Read, Write};
+use std::net::Ipv4Addr;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use nix::sys::prctl::set_child_subreaper;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{ForkResult, Pid, fork};
 use tokio::time::{Instant, sleep_until};
-use tungate_config::Loaded;
+use tungate_config::{Egress, EgressKind, Loaded};
 use tungate_engine::Policy;
 
 use self::resolver::Resolver;
@@ -29,6 +30,8 @@ use super::{Rendered, configuration};
 use crate::driver::{Device, Driver, Message, Report, Settings};
 use crate::egress::{Dialer, Egresses};
 use crate::link::receive_descriptors;
+use crate::upstream::SocketSetup;
+use crate::upstream::socket::Transport;
 use crate::{cli, host, logs};
 
 /// What a command's wrapper exits with when it has failed itself, as with env(1) and timeout(1).
@@ -57,6 +60,7 @@ fn exec(arguments: &cli::Exec) -> Result<ExitCode> {
     let journal = arguments.journal.as_deref().map(create_journal).transpose()?;
     logs::of_a_command(arguments.verbose);
     host::check_device_node()?;
+    warn_of_privileges(&loaded.egresses);
     let signals = Signals::block().context("cannot take signals")?;
     set_child_subreaper(true).context("cannot become the reaper of the command's children")?;
     let (ours, theirs) = UnixStream::pair().context("cannot make a socket pair")?;
@@ -88,6 +92,24 @@ fn exec(arguments: &cli::Exec) -> Result<ExitCode> {
     }
     end_children();
     Ok(exit_code(served?))
+}
+
+/// Warns of ways out that take more rights than this user has: their flows would fail one by one.
+fn warn_of_privileges(egresses: &[Egress]) {
+    for egress in egresses {
+        let options = match &egress.kind {
+            EgressKind::Direct { socket } => socket,
+            EgressKind::Socks5(proxy) | EgressKind::Http(proxy) => &proxy.socket,
+            EgressKind::Group(_) => continue,
+        };
+        let opened = SocketSetup::of(options, None).open(Transport::Tcp, Ipv4Addr::LOCALHOST.into(), None);
+        if opened.is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied) {
+            tracing::warn!(
+                egress = egress.name,
+                "its mark or its clients' addresses take CAP_NET_ADMIN, so its flows will fail"
+            );
+        }
+    }
 }
 
 /// How the process ends: as the command did, in the way of shells.
