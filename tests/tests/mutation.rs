@@ -3,7 +3,7 @@
 //!
 //! The packets are those of the captures that ship with the project, or of the directory that `TUNGATE_CAPTURES` names.
 //! Some go in as captured, some are turned on a live flow first, and all may be bent, cut, joined, repeated or held
-//! back. `MUTATED_PACKETS` says how many; each run of a number is the same.
+//! back. `MUTATED_PACKETS` says how many and `MUTATED_SEED` which; each run of two numbers is the same.
 
 use std::collections::VecDeque;
 use std::env;
@@ -41,12 +41,11 @@ const LIVE: u16 = 24;
 
 #[test]
 fn mutated_packets_are_only_data() {
-    let packets = env::var("MUTATED_PACKETS").map_or(PACKETS, |number| {
-        number.parse().expect("MUTATED_PACKETS is a number of packets")
-    });
+    let packets = number("MUTATED_PACKETS", PACKETS);
+    let seed = number("MUTATED_SEED", 1);
     let corpus = corpus();
     for clients in [Clients::Local, Clients::Routed] {
-        let mut storm = Storm::new(&corpus, clients);
+        let mut storm = Storm::new(&corpus, clients, seed.into());
         storm.blow(packets / 8);
         let early = live_bytes();
         storm.blow(packets / 2 - packets / 8);
@@ -75,6 +74,14 @@ fn mutated_packets_are_only_data() {
             storm.reasons()
         );
     }
+}
+
+/// The number in an environment variable.
+fn number(name: &str, default: u32) -> u32 {
+    env::var(name).map_or(default, |text| {
+        text.parse()
+            .unwrap_or_else(|_| panic!("{name}={text} is not a number"))
+    })
 }
 
 // ---- packets -------------------------------------------------------------------------------------------------------------
@@ -224,7 +231,7 @@ struct Storm<'a> {
 }
 
 impl<'a> Storm<'a> {
-    fn new(corpus: &'a [Vec<u8>], clients: Clients) -> Self {
+    fn new(corpus: &'a [Vec<u8>], clients: Clients, seed: u64) -> Self {
         let config = Config {
             clients,
             limits: Limits {
@@ -240,7 +247,7 @@ impl<'a> Storm<'a> {
         };
         Self {
             corpus,
-            rng: ChaCha8Rng::seed_from_u64(1),
+            rng: ChaCha8Rng::seed_from_u64(seed),
             rig: Rig::new(config, PolicySpec::default()),
             live: Vec::new(),
             flows: VecDeque::new(),

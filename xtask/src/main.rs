@@ -2,6 +2,8 @@
 
 mod bench;
 mod bpf;
+mod digests;
+mod soak;
 mod test;
 mod workspace;
 
@@ -30,6 +32,8 @@ enum Chore {
     },
     /// Checks everything that has to hold before a change goes in: formatting, lints, documentation, tests
     Test,
+    /// Runs the long forms of the tests, with other random numbers in every round
+    Soak(soak::Options),
     /// Measures on this machine
     #[command(subcommand)]
     Bench(Bench),
@@ -40,6 +44,7 @@ fn main() -> ExitCode {
     let done = Workspace::find().and_then(|workspace| match chore {
         Chore::Bpf { check } => bpf::run(&workspace, check),
         Chore::Test => test::run(&workspace),
+        Chore::Soak(options) => soak::run(&workspace, &options),
         Chore::Bench(bench) => bench::run(&workspace, &bench),
     });
     match done {

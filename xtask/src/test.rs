@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use quick_junit::Report;
 
+use crate::digests;
 use crate::workspace::Workspace;
 
 /// What a test prints before the reason why it could not do its work.
@@ -26,9 +27,9 @@ pub(crate) fn run(workspace: &Workspace) -> Result<ExitCode> {
     for step in Step::ALL {
         println!("\n=== {}", step.name());
         let started = Instant::now();
-        let status = step.run(workspace, &mut skips)?;
-        outcomes.push((step, status.success(), started.elapsed()));
-        if !status.success() {
+        let passed = step.run(workspace, &mut skips)?;
+        outcomes.push((step, passed, started.elapsed()));
+        if !passed {
             break;
         }
     }
@@ -48,15 +49,17 @@ enum Step {
     Lints,
     Documentation,
     Examples,
+    Digests,
     Tests,
 }
 
 impl Step {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Format,
         Self::Lints,
         Self::Documentation,
         Self::Examples,
+        Self::Digests,
         Self::Tests,
     ];
 
@@ -66,11 +69,12 @@ impl Step {
             Self::Lints => "lints",
             Self::Documentation => "documentation",
             Self::Examples => "documentation examples",
+            Self::Digests => "one digest in debug and release",
             Self::Tests => "tests",
         }
     }
 
-    fn run(self, workspace: &Workspace, skips: &mut Skips) -> Result<ExitStatus> {
+    fn run(self, workspace: &Workspace, skips: &mut Skips) -> Result<bool> {
         let mut cargo = workspace.cargo();
         match self {
             Self::Format => cargo.args(["fmt", "--all", "--check"]),
@@ -79,11 +83,27 @@ impl Step {
                 .args(["doc", "--workspace", "--no-deps"])
                 .env("RUSTDOCFLAGS", "-Dwarnings"),
             Self::Examples => cargo.args(["test", "--workspace", "--doc", "--quiet"]),
-            Self::Tests if has_nextest(workspace) => return run_nextest(workspace, cargo, skips),
-            Self::Tests => return run_cargo_test(cargo, skips),
+            Self::Digests => return Ok(digests_agree(workspace)),
+            Self::Tests if has_nextest(workspace) => {
+                return Ok(run_nextest(workspace, cargo, skips)?.success());
+            }
+            Self::Tests => return Ok(run_cargo_test(cargo, skips)?.success()),
         };
-        cargo.status().context("cannot run cargo")
+        let status = cargo.status().context("cannot run cargo")?;
+        Ok(status.success())
     }
+}
+
+/// Replays the shipped captures, which a debug build does in seconds.
+fn digests_agree(workspace: &Workspace) -> bool {
+    match digests::check(workspace, &workspace.root.join("captures")) {
+        Ok(captures) => println!("{captures} captures"),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            return false;
+        }
+    }
+    true
 }
 
 fn has_nextest(workspace: &Workspace) -> bool {
@@ -213,7 +233,7 @@ fn print_summary(outcomes: &[(Step, bool, Duration)], skips: &Skips) {
             Some((_, false, took)) => ("FAILED", format!("{:8.1} s", took.as_secs_f64())),
             None => ("not run", String::new()),
         };
-        println!("{:<24}{word:<8}{seconds}", step.name());
+        println!("{:<34}{word:<8}{seconds}", step.name());
     }
     print!("{skips}");
 }
