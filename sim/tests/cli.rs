@@ -1,10 +1,13 @@
 //! The command `replay` as its users meet it: exit codes, complaints, and what lands where.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use serde_json::Value;
 use tempfile::TempDir;
 use tungate_sim::capture::{LinkType, PcapWriter};
@@ -135,11 +138,40 @@ fn a_capture_replays_and_exits_0() {
     );
 }
 
+/// tshark shows 86 bytes on the second connection's SYN, acknowledged by its SYN-ACK. The engine acknowledges the SYN
+/// alone, so the client has to send them again.
+#[test]
+fn data_on_a_syn_reaches_the_target() {
+    let capture = concat!(env!("CARGO_MANIFEST_DIR"), "/../captures/fast-open.pcap");
+    let report = Bench::new().replay(&["--json", capture]).json();
+    let flow = &report["flows"].as_array().unwrap()[1];
+    assert_eq!(flow["client"], "10.99.99.1:55534");
+    assert_eq!(
+        (&flow["to_target"]["bytes"], &flow["to_target"]["missing"]),
+        (&86.into(), &0.into())
+    );
+    assert_eq!(report["fidelity"]["exact"], report["fidelity"]["flows"]);
+}
+
 #[test]
 fn a_missing_file_exits_2() {
     Bench::new()
         .replay(&["none.pcap"])
-        .complained(2, &["error: ", "none.pcap", "No such file"]);
+        .complained(2, &["error: ", "none.pcap", "No such file", "hint: "]);
+}
+
+#[test]
+fn a_capture_that_may_not_be_read_exits_2() {
+    let bench = Bench::new();
+    bench.capture("secret.pcap", 1);
+    fs::set_permissions(bench.path("secret.pcap"), Permissions::from_mode(0o0)).unwrap();
+    if fs::File::open(bench.path("secret.pcap")).is_ok() {
+        println!("skipped: this user may read every file");
+        return;
+    }
+    bench
+        .replay(&["secret.pcap"])
+        .complained(2, &["\"secret.pcap\"", "Permission denied", "hint: "]);
 }
 
 #[test]
@@ -222,6 +254,74 @@ fn a_cut_capture_gives_its_whole_report_with_the_damage_and_exits_0() {
 }
 
 #[test]
+fn a_cut_gzip_gives_its_whole_report_with_the_damage_and_exits_0() {
+    let bench = Bench::new();
+    let mut packed = GzEncoder::new(Vec::new(), Compression::none());
+    packed.write_all(&capture(LinkType::RAW, 1000)).unwrap();
+    let packed = packed.finish().unwrap();
+    bench.write("whole.gz", &packed);
+    assert_eq!(
+        bench.replay(&["--json", "whole.gz"]).json()["packets"]["read"],
+        1000
+    );
+    bench.write("cut.gz", &packed[..packed.len() / 2]);
+    let ran = bench.replay(&["--json", "cut.gz"]);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let report = ran.json();
+    // A record has 16 + 28 bytes and nothing is compressed, so half the file holds nearly half of them.
+    let read = report["packets"]["read"].as_u64().unwrap();
+    assert!((450..=500).contains(&read), "{read}");
+    assert_eq!(report["damaged"]["after_packet"], read);
+    let what = report["damaged"]["what"].as_str().unwrap();
+    assert!(what.contains("gzip stream ends early"), "{what}");
+    bench.write("bare.gz", &packed[..5]);
+    bench
+        .replay(&["bare.gz"])
+        .complained(2, &["\"bare.gz\"", "gzip stream ends early", "hint: "]);
+}
+
+#[test]
+fn an_absurd_snap_length_is_no_reason_to_refuse_a_capture() {
+    let bench = Bench::new();
+    for snap_length in [0, 1, 0x7fff_ffff, u32::MAX] {
+        let mut bytes = capture(LinkType::RAW, 3);
+        bytes[16..20].copy_from_slice(&u32::to_le_bytes(snap_length));
+        bench.write("snap.pcap", bytes);
+        let ran = bench.replay(&["--json", "snap.pcap"]);
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        let report = ran.json();
+        assert_eq!(
+            (&report["packets"]["judged"], &report["damaged"]),
+            (&3.into(), &Value::Null),
+            "snap length {snap_length}"
+        );
+    }
+}
+
+#[test]
+fn a_record_of_absurd_length_ends_the_capture_and_not_the_report() {
+    let bench = Bench::new();
+    let mut bytes = capture(LinkType::RAW, 3);
+    let third = 24 + 2 * (16 + DATAGRAM.len());
+    bytes[third + 8..third + 12].copy_from_slice(&u32::to_le_bytes(0xffff_fff0));
+    bench.write("huge.pcap", bytes);
+    let ran = bench.replay(&["--json", "huge.pcap"]);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let report = ran.json();
+    assert_eq!(report["packets"]["read"], 2);
+    assert_eq!(report["damaged"]["after_packet"], 2);
+}
+
+#[test]
+fn a_capture_whose_file_header_is_cut_exits_2() {
+    let bench = Bench::new();
+    bench.write("cut.pcap", &capture(LinkType::RAW, 3)[..10]);
+    bench
+        .replay(&["cut.pcap"])
+        .complained(2, &["\"cut.pcap\"", "10 of its 24 bytes", "hint: "]);
+}
+
+#[test]
 fn packets_of_an_unknown_link_type_are_counted_as_unreadable() {
     let bench = Bench::new();
     bench.write("radio.pcap", capture(LinkType(147), 3)); // LINKTYPE_USER0: private use
@@ -231,6 +331,11 @@ fn packets_of_an_unknown_link_type_are_counted_as_unreadable() {
     assert_eq!(
         (&packets["read"], &packets["unreadable"], &packets["judged"]),
         (&3.into(), &3.into(), &0.into())
+    );
+    let text = bench.replay(&["radio.pcap"]).stdout;
+    assert!(
+        text.contains("link type 147") && text.contains("3 unreadable (unknown link type"),
+        "{text}"
     );
 }
 
@@ -462,7 +567,14 @@ fn an_output_that_cannot_be_written_exits_2_and_leaves_nothing() {
     let bench = Bench::new();
     bench.capture("a.pcap", 1);
     let ran = bench.replay(&["a.pcap", "--packets", "no/such/folder/lines"]);
-    ran.complained(2, &["cannot write \"no/such/folder/lines\"", "hint: "]);
+    ran.complained(
+        2,
+        &[
+            "cannot write \"no/such/folder/lines\"",
+            "No such file or directory",
+            "hint: ",
+        ],
+    );
     bench
         .replay(&["a.pcap", "--packets", "/dev/full"])
         .complained(2, &["cannot write \"/dev/full\""]);
@@ -547,9 +659,21 @@ fn a_journal_replays_to_the_digest_of_its_capture() {
         cut.stdout
     );
     bench.write("bare.journal", &journal[..20]);
-    bench
-        .replay(&["bare.journal"])
-        .complained(2, &["journal \"bare.journal\" cannot be used", "cut short"]);
+    bench.replay(&["bare.journal"]).complained(
+        2,
+        &["journal \"bare.journal\" cannot be used", "cut short", "hint: "],
+    );
+    let mut foreign = journal;
+    foreign[15] ^= 0x40; // behind the magic number
+    bench.write("foreign.journal", foreign);
+    bench.replay(&["foreign.journal"]).complained(
+        2,
+        &[
+            "journal \"foreign.journal\" cannot be used",
+            "format version",
+            "the version of tungate that wrote it",
+        ],
+    );
 }
 
 /// Every capture of the collection in `TUNGATE_CAPTURES`; without it, one made here.

@@ -179,6 +179,10 @@ fn io_hint(error: &io::Error) -> &'static str {
             "\nhint: capture files often belong to root; change owner or mode, or copy it"
         }
         io::ErrorKind::IsADirectory => "\nhint: name the capture files inside it",
+        io::ErrorKind::NotFound => "\nhint: check the name, and the folder it is looked for in",
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData => {
+            "\nhint: its very beginning is damaged; capture or copy it again"
+        }
         _ => "",
     }
 }

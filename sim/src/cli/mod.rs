@@ -16,6 +16,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use tungate_config::{Diagnostic, Diagnostics, Loaded};
+use tungate_engine::journal::JournalError;
 use tungate_engine::{Policy, Timestamp};
 
 pub use self::args::Args;
@@ -68,7 +69,7 @@ enum UsageError {
     OneCapture { option: &'static str, captures: usize },
     #[error("{option} does not go with \"{name}\", which is a journal\nhint: a journal holds its own policy")]
     Journal { option: &'static str, name: String },
-    #[error("journal \"{name}\" cannot be used: {error}")]
+    #[error("journal \"{name}\" cannot be used: {error}{}", journal_hint(.error))]
     BadJournal { name: String, error: io::Error },
     #[error("{first} and {second} both go to standard output\nhint: name a file for one of them")]
     OneOutput {
@@ -175,6 +176,19 @@ fn check_outputs(args: &Args, captures: usize) -> Result<(), UsageError> {
     match (to_stdout.next(), to_stdout.next()) {
         (Some(first), Some(second)) => Err(UsageError::OneOutput { first, second }),
         (Some(_) | None, None) | (None, Some(_)) => Ok(()),
+    }
+}
+
+/// The way out, where the error does not say it itself.
+fn journal_hint(error: &io::Error) -> &'static str {
+    let inner = error
+        .get_ref()
+        .and_then(|inner| inner.downcast_ref::<JournalError>());
+    match inner {
+        Some(JournalError::NotAJournal | JournalError::Damaged { .. } | JournalError::Cut { .. }) => {
+            "\nhint: its very beginning is damaged; record or copy it again"
+        }
+        Some(JournalError::Version { .. }) | None => "",
     }
 }
 

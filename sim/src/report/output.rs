@@ -155,6 +155,7 @@ impl Target {
             Some(parent) if parent != Path::new("") => parent,
             Some(_) | None => Path::new("."),
         };
+        fs::metadata(folder)?; // whose error reads better than that of a temporary file
         let file = tempfile::Builder::new()
             .prefix(".replay-")
             .permissions(Permissions::from_mode(0o666)) // less the umask, as for any new file

@@ -254,7 +254,10 @@ impl Text {
             parts.push(format!("{} not IP", HumanCount(totals.not_ip)));
         }
         if totals.unreadable > 0 {
-            parts.push(format!("{} unreadable", HumanCount(totals.unreadable)));
+            parts.push(format!(
+                "{} unreadable (unknown link type, or no usable IP header)",
+                HumanCount(totals.unreadable)
+            ));
         }
         self.item("packets", parts.join(", "));
         let mut verdicts = format!("{} pass", HumanCount(totals.pass));

@@ -203,7 +203,13 @@ impl Client {
     /// The sequence number, acknowledgment number and window of a segment that the model sends from `position`.
     pub(super) fn numbers(&mut self, position: u64) -> Option<(u32, u32, u16)> {
         let (origin, peer) = (self.origin?, self.peer?);
-        let told = self.told.max(self.highest.min(self.received)).max(self.forced);
+        // Whatever it sends completes the handshake, if nothing captured has yet: data on the SYN that the SYN-ACK
+        // leaves out goes again before that.
+        let told = self
+            .told
+            .max(self.highest.min(self.received))
+            .max(self.forced)
+            .max(SYN + 1);
         self.told = told;
         if told >= self.received {
             self.acknowledge_at = None;
