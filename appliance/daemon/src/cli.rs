@@ -49,6 +49,14 @@ pub(crate) struct Run {
     #[arg(long, value_name = "INTERFACE")]
     pub(crate) from: Vec<String>,
 
+    /// Relay for what is plugged in to an Ethernet (TAP) device, with the router's addresses as its gateway
+    #[arg(long, conflicts_with = "from")]
+    pub(crate) tap: bool,
+
+    /// Make the TAP device a port of this bridge
+    #[arg(long, value_name = "BRIDGE", requires = "tap")]
+    pub(crate) bridge: Option<String>,
+
     /// Print every change that would be made to this host, and make none
     #[arg(long)]
     pub(crate) dry_run: bool,

@@ -18,6 +18,8 @@ use tungate_config::Egress;
 use tungate_engine::Config;
 use tungate_engine::policy::PolicySpec;
 
+use crate::driver::Layer;
+
 /// How long the other side may take to read a message.
 const SEND_TIME: Duration = Duration::from_secs(30);
 /// Most descriptors at the start.
@@ -46,6 +48,7 @@ pub(crate) struct Start {
     pub(crate) json_log: bool,
     pub(crate) engine: Config,
     pub(crate) ways: Ways,
+    pub(crate) layer: Layer,
     pub(crate) udp_segmentation: bool,
     pub(crate) has_journal: bool,
     /// What sockets have for which no mark is configured.

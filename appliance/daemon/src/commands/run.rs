@@ -11,7 +11,7 @@ use tungate_engine::DropReason;
 use tungate_engine::policy::{Action, PolicySpec, Rule, RuleMatch};
 
 use super::configuration;
-use crate::driver::{TRANSMIT_QUEUE_LEN, Totals};
+use crate::driver::{TAP_MAC, TRANSMIT_QUEUE_LEN, Totals};
 use crate::host::{self, Capture, DEVICE, device_addresses};
 use crate::{cli, logs, supervisor};
 
@@ -60,7 +60,13 @@ pub(crate) fn create_journal(path: &Path) -> Result<std::fs::File> {
 }
 
 fn dry_run(arguments: &cli::Run, loaded: &Loaded) -> Result<ExitCode> {
-    println!("ip tuntap add {DEVICE} mode tun vnet_hdr multi_queue");
+    if arguments.tap {
+        let mac = TAP_MAC.map(|byte| format!("{byte:02x}")).join(":");
+        println!("ip tuntap add {DEVICE} mode tap vnet_hdr multi_queue");
+        println!("ip link set {DEVICE} address {mac}");
+    } else {
+        println!("ip tuntap add {DEVICE} mode tun vnet_hdr multi_queue");
+    }
     println!(
         "ip link set {DEVICE} mtu {} txqueuelen {TRANSMIT_QUEUE_LEN}",
         loaded.engine.mtu
@@ -79,6 +85,8 @@ pub(crate) fn capture_of(arguments: &cli::Run, loaded: &Loaded) -> Capture {
         device: DEVICE.to_owned(),
         address_v4,
         address_v6: host::has_ipv6().then_some(address_v6),
+        tap: arguments.tap,
+        bridge: arguments.bridge.clone(),
         interfaces: arguments.from.clone(),
         marks: supervisor::marks(&loaded.egresses),
         fail_open: arguments.fail_open,

@@ -1,4 +1,4 @@
-//! One queue of a TUN device: packets with the virtio header in front, read and written as they are.
+//! One queue of a TUN or TAP device: packets with the virtio header in front, read and written as they are.
 //!
 //! The header (`struct virtio_net_hdr`, 10 bytes, in the host's byte order) carries what checksum and segmentation
 //! offload need: a super-packet of up to 64 KiB crosses the device in one call. tun-rs opens the device; its own
@@ -12,9 +12,12 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::unistd::{read, write};
-use tun_rs::{DeviceBuilder, Layer};
+use serde::{Deserialize, Serialize};
+use tun_rs::DeviceBuilder;
 use tungate_engine::io::{ChecksumState, PacketOut};
 use tungate_engine::packet::segments;
+
+use super::ethernet::{ETHERNET_HEADER_LEN, Ethernet, Taken};
 
 /// Length of the virtio header.
 const HEADER_LEN: usize = 10;
@@ -37,26 +40,49 @@ const GSO_ECN: u8 = 0x80;
 const TCP_CHECKSUM: u16 = 16;
 const UDP_HEADER_LEN: u16 = 8;
 
-/// The queues of a TUN device.
+/// What a device carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Layer {
+    /// IP packets: TUN.
+    Ip,
+    /// Ethernet frames: TAP.
+    Ethernet,
+}
+
+/// The hardware address of the host's end of a TAP device. A bridge takes the lowest of its ports' addresses unless it
+/// has one of its own, so this one is as high as they get.
+pub(crate) const TAP_MAC: [u8; 6] = [0xfe, 0x74, 0x75, 0x6e, 0x67, 0x30];
+
+/// The queues of a device.
 #[derive(Debug)]
 pub(crate) struct Device {
     /// One for each shard.
     pub(crate) queues: Vec<OwnedFd>,
+    pub(crate) layer: Layer,
     /// Whether the kernel cuts UDP super-packets (Linux 6.2).
     pub(crate) udp_segmentation: bool,
 }
 
 impl Device {
-    /// Makes a TUN device that carries IP packets of at most `mtu` bytes, in the network namespace of this thread. It
+    /// Makes a device that carries IP packets of at most `mtu` bytes, in the network namespace of this thread. It
     /// has no address yet and is down. It goes when its last queue is closed, unless it is `persistent`.
     ///
     /// # Errors
     ///
     /// The system's, for instance EPERM without CAP_NET_ADMIN, and EBUSY where the name is taken.
-    pub(crate) fn create(name: &str, mtu: u16, queues: u8, persistent: bool) -> io::Result<Self> {
-        let first = DeviceBuilder::new()
+    pub(crate) fn create(
+        name: &str,
+        layer: Layer,
+        mtu: u16,
+        queues: u8,
+        persistent: bool,
+    ) -> io::Result<Self> {
+        let builder = match layer {
+            Layer::Ip => DeviceBuilder::new().layer(tun_rs::Layer::L3),
+            Layer::Ethernet => DeviceBuilder::new().layer(tun_rs::Layer::L2).mac_addr(TAP_MAC),
+        };
+        let first = builder
             .name(name)
-            .layer(Layer::L3)
             .offload(true)
             .multi_queue(true)
             .mtu(mtu)
@@ -84,6 +110,7 @@ impl Device {
         }
         Ok(Self {
             queues: fds,
+            layer,
             udp_segmentation,
         })
     }
@@ -108,9 +135,12 @@ pub(crate) struct Reader {
 /// The writing half of a queue.
 pub(crate) struct Writer {
     queue: Arc<OwnedFd>,
-    /// A header and the packet that is being made behind it.
+    /// Headers and the packet that is being made behind them, from `start` on.
     buffer: Box<[u8]>,
+    start: usize,
     len: usize,
+    /// On a TAP device.
+    ethernet: Option<Ethernet>,
     /// Packets that the device did not take, with their headers.
     overflow: VecDeque<Vec<u8>>,
     udp_segmentation: bool,
@@ -118,10 +148,11 @@ pub(crate) struct Writer {
     pub(crate) lost: u64,
 }
 
-/// The two halves of one queue.
-pub(crate) fn split(queue: OwnedFd, udp_segmentation: bool) -> (Reader, Writer) {
+/// The two halves of one queue; `ethernet` is the appliance on a TAP device.
+pub(super) fn split(queue: OwnedFd, udp_segmentation: bool, ethernet: Option<Ethernet>) -> (Reader, Writer) {
     let queue = Arc::new(queue);
-    let buffer = || vec![0; HEADER_LEN + PACKET_MAX].into_boxed_slice();
+    let start = HEADER_LEN + ethernet.as_ref().map_or(0, |_| ETHERNET_HEADER_LEN);
+    let buffer = || vec![0; start + PACKET_MAX].into_boxed_slice();
     let reader = Reader {
         queue: queue.clone(),
         buffer: buffer(),
@@ -130,7 +161,9 @@ pub(crate) fn split(queue: OwnedFd, udp_segmentation: bool) -> (Reader, Writer) 
     let writer = Writer {
         queue,
         buffer: buffer(),
+        start,
         len: 0,
+        ethernet,
         overflow: VecDeque::new(),
         udp_segmentation,
         lost: 0,
@@ -189,22 +222,56 @@ impl Writer {
     /// Lends a buffer for a packet of `len` bytes.
     pub(crate) fn packet_buffer(&mut self, len: usize) -> &mut [u8] {
         self.len = len;
-        &mut self.buffer[HEADER_LEN..HEADER_LEN + len]
+        &mut self.buffer[self.start..self.start + len]
+    }
+
+    /// Takes what was read from the device, and returns the packet in it. A frame that is about the Ethernet alone is
+    /// answered here.
+    pub(super) fn take<'a>(&mut self, bytes: &'a [u8]) -> Option<&'a [u8]> {
+        let Some(ethernet) = &mut self.ethernet else {
+            return Some(bytes);
+        };
+        match ethernet.take(bytes) {
+            Taken::Packet(packet) => Some(packet),
+            Taken::Answer(frame) => {
+                self.send_frame(&frame);
+                None
+            }
+            Taken::Nothing => None,
+        }
+    }
+
+    fn send_frame(&mut self, frame: &[u8]) {
+        let mut framed = vec![0; HEADER_LEN];
+        framed.extend_from_slice(frame);
+        self.write(Framed::Owned(framed));
     }
 
     /// Sends the packet in the buffer.
     pub(crate) fn send(&mut self, packet: &PacketOut) {
+        if let Some(ethernet) = &mut self.ethernet {
+            match ethernet.header_for(&self.buffer[self.start..self.start + self.len]) {
+                Ok(header) => self.buffer[HEADER_LEN..self.start].copy_from_slice(&header),
+                Err(question) => {
+                    self.lost += 1;
+                    return self.send_frame(&question);
+                }
+            }
+        }
         let is_datagram = packet.partial_checksum.is_some_and(|field| field != TCP_CHECKSUM);
         if packet.segment_size.is_some() && is_datagram && !self.udp_segmentation {
-            let mut whole = self.buffer[HEADER_LEN..HEADER_LEN + self.len].to_vec();
+            let mut whole = self.buffer[self.start..self.start + self.len].to_vec();
+            let mut headers = self.buffer[..self.start].to_vec();
+            headers[..HEADER_LEN].fill(0);
             segments(&mut whole, packet, |segment| {
-                let mut framed = vec![0; HEADER_LEN];
+                let mut framed = headers.clone();
                 framed.extend_from_slice(segment);
                 self.write(Framed::Owned(framed));
             });
             return;
         }
-        let header = header_of(&self.buffer[HEADER_LEN..HEADER_LEN + self.len], packet);
+        let link_len = (self.start - HEADER_LEN) as u16;
+        let header = header_of(&self.buffer[self.start..self.start + self.len], packet, link_len);
         self.buffer[..HEADER_LEN].copy_from_slice(&header);
         self.write(Framed::InBuffer);
     }
@@ -222,7 +289,7 @@ impl Writer {
     fn write(&mut self, packet: Framed) {
         if self.overflow.is_empty() {
             let written = match &packet {
-                Framed::InBuffer => write(&self.queue, &self.buffer[..HEADER_LEN + self.len]),
+                Framed::InBuffer => write(&self.queue, &self.buffer[..self.start + self.len]),
                 Framed::Owned(bytes) => write(&self.queue, bytes),
             };
             match written {
@@ -236,7 +303,7 @@ impl Writer {
             return;
         }
         self.overflow.push_back(match packet {
-            Framed::InBuffer => self.buffer[..HEADER_LEN + self.len].to_vec(),
+            Framed::InBuffer => self.buffer[..self.start + self.len].to_vec(),
             Framed::Owned(bytes) => bytes,
         });
     }
@@ -265,14 +332,14 @@ enum Framed {
     Owned(Vec<u8>),
 }
 
-/// The virtio header for a packet of the engine.
-fn header_of(packet: &[u8], out: &PacketOut) -> [u8; HEADER_LEN] {
+/// The virtio header for a packet of the engine, behind a link header of `link_len` bytes.
+fn header_of(packet: &[u8], out: &PacketOut, link_len: u16) -> [u8; HEADER_LEN] {
     let mut header = [0; HEADER_LEN];
     let Some(field) = out.partial_checksum else {
         return header; // no flags, GSO_NONE: complete as it is
     };
     header[0] = NEEDS_CSUM;
-    header[6..8].copy_from_slice(&out.header_len.to_ne_bytes());
+    header[6..8].copy_from_slice(&(link_len + out.header_len).to_ne_bytes());
     header[8..10].copy_from_slice(&field.to_ne_bytes());
     let Some(size) = out.segment_size else {
         header[1] = GSO_NONE;
@@ -289,7 +356,7 @@ fn header_of(packet: &[u8], out: &PacketOut) -> [u8; HEADER_LEN] {
         (GSO_UDP_L4, UDP_HEADER_LEN)
     };
     header[1] = kind;
-    header[2..4].copy_from_slice(&(out.header_len + transport_len).to_ne_bytes());
+    header[2..4].copy_from_slice(&(link_len + out.header_len + transport_len).to_ne_bytes());
     header[4..6].copy_from_slice(&size.get().to_ne_bytes());
     header
 }
@@ -325,19 +392,22 @@ mod tests {
         ipv6[0] = 0x60;
         ipv6[40 + 12] = 5 << 4;
 
-        assert_eq!(header_of(&ipv4, &out(20, None, None)), [0; 10]);
-        let checksum = header_of(&ipv4, &out(20, Some(16), None));
+        assert_eq!(header_of(&ipv4, &out(20, None, None), 0), [0; 10]);
+        let checksum = header_of(&ipv4, &out(20, Some(16), None), 0);
         assert_eq!((checksum[0], checksum[1]), (NEEDS_CSUM, GSO_NONE));
         assert_eq!(checksum[2..], native([0, 0, 20, 16]));
-        let segments = header_of(&ipv4, &out(20, Some(16), Some(1448)));
+        let segments = header_of(&ipv4, &out(20, Some(16), Some(1448)), 0);
         assert_eq!((segments[0], segments[1]), (NEEDS_CSUM, GSO_TCPV4));
         assert_eq!(segments[2..], native([52, 1448, 20, 16]));
-        let segments = header_of(&ipv6, &out(40, Some(16), Some(1440)));
+        // Offsets count from the beginning of the frame.
+        let framed = header_of(&ipv4, &out(20, Some(16), Some(1448)), 14);
+        assert_eq!(framed[2..], native([66, 1448, 34, 16]));
+        let segments = header_of(&ipv6, &out(40, Some(16), Some(1440)), 0);
         assert_eq!(
             (segments[1], &segments[2..]),
             (GSO_TCPV6, &*native([60, 1440, 40, 16]))
         );
-        let datagrams = header_of(&ipv6, &out(40, Some(6), Some(1200)));
+        let datagrams = header_of(&ipv6, &out(40, Some(6), Some(1200)), 0);
         assert_eq!(
             (datagrams[1], &datagrams[2..]),
             (GSO_UDP_L4, &*native([48, 1200, 40, 6]))
@@ -349,7 +419,7 @@ mod tests {
         let (ours, kernel) = UnixDatagram::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         kernel.set_nonblocking(true).unwrap();
-        let (_, mut writer) = split(ours.into(), true);
+        let (_, mut writer) = split(ours.into(), true, None);
         let mut sent = 0_u32;
         let mut send = |writer: &mut Writer| {
             writer.packet_buffer(4).copy_from_slice(&sent.to_ne_bytes());
@@ -379,7 +449,7 @@ mod tests {
     fn what_the_kernel_says_of_a_packet_is_read_from_its_header() {
         let (ours, kernel) = UnixDatagram::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        let (mut reader, _) = split(ours.into(), true);
+        let (mut reader, _) = split(ours.into(), true, None);
         let mut packet = |flags: u8, gso_type: u8, size: u16| {
             let mut framed = vec![flags, gso_type, 0, 0];
             framed.extend_from_slice(&size.to_ne_bytes());

@@ -3,6 +3,7 @@
 mod clock;
 mod denials;
 mod device;
+mod ethernet;
 mod exchange;
 mod machine;
 mod shard;
@@ -18,7 +19,7 @@ use tungate_engine::journal::Header;
 use tungate_engine::{Config, Counters, Policy, ShardId};
 
 pub(crate) use clock::Clock;
-pub(crate) use device::{Device, TRANSMIT_QUEUE_LEN};
+pub(crate) use device::{Device, Layer, TAP_MAC, TRANSMIT_QUEUE_LEN};
 pub(crate) use exchange::{Mailbox, Message};
 pub(crate) use machine::{Journal, Machine};
 
@@ -136,6 +137,7 @@ impl Driver {
                 clock,
                 journal: journal.clone(),
                 queue,
+                layer: device.layer,
                 udp_segmentation: device.udp_segmentation,
                 poll,
                 mailboxes: mailboxes.clone(),

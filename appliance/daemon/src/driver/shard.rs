@@ -24,7 +24,8 @@ use tungate_engine::{
 
 use super::clock::Clock;
 use super::denials::Denials;
-use super::device::{Reader, Writer, split};
+use super::device::{Layer, Reader, Writer, split};
+use super::ethernet::Ethernet;
 use super::exchange::{Buffers, Mailbox, Message};
 use super::machine::{Journal, Machine};
 use super::world::{Flows, Losses, News, ShardWorld, flow_of};
@@ -57,6 +58,7 @@ pub(super) struct Parts {
     pub(super) clock: Clock,
     pub(super) journal: Option<Journal>,
     pub(super) queue: OwnedFd,
+    pub(super) layer: Layer,
     pub(super) udp_segmentation: bool,
     pub(super) poll: Poll,
     pub(super) mailboxes: Arc<[Arc<Mailbox>]>,
@@ -104,6 +106,7 @@ pub(super) fn run(parts: Parts) -> io::Result<Totals> {
         clock,
         journal,
         queue,
+        layer,
         udp_segmentation,
         poll,
         mailboxes,
@@ -112,7 +115,11 @@ pub(super) fn run(parts: Parts) -> io::Result<Totals> {
         reports,
     } = parts;
     let (id, shards) = (config.shard, config.shards);
-    let (reader, device): (Reader, Writer) = split(queue, udp_segmentation);
+    let ethernet = match layer {
+        Layer::Ip => None,
+        Layer::Ethernet => Some(Ethernet::new(config.router_v4, config.router_v6)),
+    };
+    let (reader, device): (Reader, Writer) = split(queue, udp_segmentation, ethernet);
     poll.registry().register(
         &mut SourceFd(&reader.as_raw_fd()),
         DEVICE,
@@ -275,9 +282,12 @@ impl Shard {
             let Some(received) = self.reader.read()? else {
                 break;
             };
+            let Some(bytes) = self.world.device.take(received.bytes) else {
+                continue;
+            };
             let packet = PacketIn {
                 ingress: INGRESS,
-                bytes: received.bytes,
+                bytes,
                 checksum: received.checksum,
                 segment_size: received.segment_size,
             };

@@ -22,7 +22,7 @@ pub(crate) use namespace::{allow_pings, check_device_node, enclose, enter_namesp
 pub(crate) use plan::{Capture, Change, MARK, device_addresses};
 
 use self::netlink::Netlink;
-use crate::driver::Device;
+use crate::driver::{Device, Layer};
 
 /// Where locks and old values are kept.
 const DIRECTORY: &str = "/run/tungate";
@@ -88,9 +88,15 @@ impl HostSetup {
         Ok(setup)
     }
 
-    /// Makes the TUN device. With `persistent` it stays when the process dies.
-    pub(crate) fn create_device(&self, mtu: u16, queues: u8, persistent: bool) -> io::Result<Device> {
-        Device::create(DEVICE, mtu, queues, persistent)
+    /// Makes the device. With `persistent` it stays when the process dies.
+    pub(crate) fn create_device(
+        &self,
+        layer: Layer,
+        mtu: u16,
+        queues: u8,
+        persistent: bool,
+    ) -> io::Result<Device> {
+        Device::create(DEVICE, layer, mtu, queues, persistent)
     }
 
     /// Makes changes, in their order. What was made before one that fails stays, for [`HostSetup::undo`].

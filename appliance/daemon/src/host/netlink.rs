@@ -46,6 +46,7 @@ impl Netlink {
                 result => result.map_err(anyhow::Error::from),
             },
             Change::Address { device, address } => self.add_address(device, *address).await,
+            Change::Port { device, bridge } => self.plug_in(device, bridge).await,
             Change::Up { device } => self.turn_on(device).await,
             Change::Route(route) => self.add_route(route).await,
             Change::Rule(rule) => self.add_rule(rule).await,
@@ -65,7 +66,11 @@ impl Netlink {
                 ipv6,
                 ..
             }) => self.delete_routes(*ipv6).await.map(drop),
-            Change::Route(_) | Change::Sysctl { .. } | Change::Address { .. } | Change::Up { .. } => Ok(()),
+            Change::Route(_)
+            | Change::Sysctl { .. }
+            | Change::Address { .. }
+            | Change::Port { .. }
+            | Change::Up { .. } => Ok(()),
         };
         taken.with_context(|| format!("this change of the host cannot be taken back: {change}"))
     }
@@ -165,6 +170,14 @@ impl Netlink {
             .attributes
             .push(AddressAttribute::Flags(AddressFlags::Nodad));
         request.execute().await.map_err(plain)
+    }
+
+    async fn plug_in(&self, device: &str, bridge: &str) -> Result<()> {
+        let index = self.index(device).await?;
+        let port = LinkUnspec::new_with_index(index)
+            .controller(self.index(bridge).await?)
+            .build();
+        self.handle.link().set(port).execute().await.map_err(plain)
     }
 
     async fn turn_on(&self, device: &str) -> Result<()> {

@@ -49,6 +49,8 @@ pub(crate) enum Change {
     },
     /// Gives a device an address.
     Address { device: String, address: IpNet },
+    /// Makes a device a port of a bridge.
+    Port { device: String, bridge: String },
     /// Turns a device on.
     Up { device: String },
     /// Adds a default route.
@@ -108,6 +110,10 @@ pub(crate) struct Capture {
     /// The device's own addresses.
     pub(crate) address_v4: Ipv4Addr,
     pub(crate) address_v6: Option<Ipv6Addr>,
+    /// Whether clients plug in to the device, as to any Ethernet: then nothing is captured.
+    pub(crate) tap: bool,
+    /// The bridge that a TAP device is a port of.
+    pub(crate) bridge: Option<String>,
     /// Interfaces whose clients are captured; with none, this host is.
     pub(crate) interfaces: Vec<String>,
     /// Marks of packets that are not captured.
@@ -127,6 +133,9 @@ pub(crate) fn device_addresses(config: &Config) -> (Ipv4Addr, Ipv6Addr) {
 impl Capture {
     /// What makes the device ready; nothing is captured yet.
     pub(crate) fn preparation(&self) -> Vec<Change> {
+        if self.tap {
+            return self.plug();
+        }
         let mut changes = quiet(&self.device, self.address_v6.is_some());
         if !self.fail_open {
             changes.extend(self.refusal());
@@ -153,8 +162,23 @@ impl Capture {
         changes
     }
 
+    /// What makes a TAP device ready. All of it goes with the device.
+    fn plug(&self) -> Vec<Change> {
+        let device = || self.device.clone();
+        let mut changes = quiet(&self.device, self.address_v6.is_some());
+        changes.extend(self.bridge.clone().map(|bridge| Change::Port {
+            device: device(),
+            bridge,
+        }));
+        changes.push(Change::Up { device: device() });
+        changes
+    }
+
     /// The rules that capture, the exceptions first.
     pub(crate) fn rules(&self) -> Vec<Change> {
+        if self.tap {
+            return Vec::new();
+        }
         let mut rules = Vec::new();
         for source in self.addresses() {
             let rule = |offset, then| Rule {
@@ -338,6 +362,7 @@ impl fmt::Display for Change {
         match self {
             Self::Sysctl { key, value, .. } => write!(f, "sysctl -w {key}={value}"),
             Self::Address { device, address } => write!(f, "ip address add {address} dev {device}"),
+            Self::Port { device, bridge } => write!(f, "ip link set {device} master {bridge}"),
             Self::Up { device } => write!(f, "ip link set {device} up"),
             Self::Route(route) => route.fmt(f),
             Self::Rule(rule) => rule.fmt(f),
@@ -402,6 +427,8 @@ mod tests {
             device: "tungate0".to_owned(),
             address_v4: "198.18.0.2".parse().unwrap(),
             address_v6: Some("fd74:756e::2".parse().unwrap()),
+            tap: false,
+            bridge: None,
             interfaces: interfaces.iter().map(|&name| name.to_owned()).collect(),
             marks: marks.iter().copied().collect(),
             fail_open: false,

@@ -27,7 +27,7 @@ use self::signals::{Request, Signals};
 use self::sockets::Allowed;
 use crate::cli;
 use crate::commands::{capture_of, configuration, create_journal, explain_device};
-use crate::driver::default_shards;
+use crate::driver::{Layer, default_shards};
 use crate::egress::read_passwords;
 use crate::host::{Capture, HostSetup, MARK};
 use crate::link::{News, Order, Start, Ways};
@@ -70,21 +70,27 @@ async fn supervise(
     setup: &mut HostSetup,
     signals: &mut Signals,
 ) -> Result<()> {
-    if !arguments.from.is_empty() {
+    if arguments.tap || !arguments.from.is_empty() {
         // Behind an interface there is a network, which may lose packets.
         loaded.engine.clients = tungate_engine::config::Clients::Routed;
     }
-    for interface in &arguments.from {
+    for interface in arguments.from.iter().chain(&arguments.bridge) {
         if nix::net::if_::if_nametoindex(interface.as_str()).is_err() {
             bail!("there is no interface {interface:?}: `ip link` lists them");
         }
     }
     read_passwords(&mut loaded.egresses)?;
     let journal = arguments.journal.as_deref().map(create_journal).transpose()?;
+    let (layer, queues, persistent) = if arguments.tap {
+        // One shard, which knows all neighbours. Without the device they have no way at all, let alone another.
+        (Layer::Ethernet, 1, false)
+    } else {
+        (Layer::Ip, default_shards(), !arguments.fail_open)
+    };
     let device = setup
-        .create_device(loaded.engine.mtu, default_shards(), !arguments.fail_open)
+        .create_device(layer, loaded.engine.mtu, queues, persistent)
         .map_err(explain_device)
-        .context("cannot create the TUN device")?;
+        .context("cannot create the device")?;
     let capture = capture_of(arguments, &loaded);
     setup.make(capture.preparation()).await?;
     let allowed = Allowed::by(&loaded.egresses);
@@ -97,6 +103,7 @@ async fn supervise(
             policy: loaded.policy,
             egresses: loaded.egresses,
         },
+        layer,
         udp_segmentation: device.udp_segmentation,
         has_journal: journal.is_some(),
         mark: MARK,
@@ -116,7 +123,9 @@ async fn supervise(
     setup.make(capture.rules()).await?;
     tracing::info!(
         device = capture.device,
-        clients = if arguments.from.is_empty() {
+        clients = if arguments.tap {
+            "the Ethernet".to_owned()
+        } else if arguments.from.is_empty() {
             "this host".to_owned()
         } else {
             arguments.from.join(", ")

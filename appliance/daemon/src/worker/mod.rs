@@ -73,6 +73,7 @@ async fn work(start: Start, descriptors: Vec<OwnedFd>, link: &mut Link) -> Resul
         .map(File::from);
     let device = Device {
         queues: descriptors.collect(),
+        layer: start.layer,
         udp_segmentation: start.udp_segmentation,
     };
     let broker = Broker::new(line, start.mark)?;

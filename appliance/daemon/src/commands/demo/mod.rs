@@ -23,7 +23,7 @@ use tungate_engine::{Config, Policy, Protocol};
 use self::notes::Note;
 use self::stage::{Screen, Stage};
 use super::run::{raise_descriptor_limit, runtime};
-use crate::driver::{Device, Driver, Message, Settings, default_shards};
+use crate::driver::{Device, Driver, Layer, Message, Settings, default_shards};
 use crate::egress::{Dialer, Egresses};
 use crate::host::{self, DEVICE, device_addresses};
 
@@ -112,8 +112,8 @@ fn policy(lists: Vec<ListEntry>) -> PolicySpec {
 /// Makes the client's namespace, from a thread that is used for nothing else.
 fn make_client(config: &Config, ipv6: bool) -> Result<(Device, File)> {
     unshare(CloneFlags::CLONE_NEWNET).context("cannot make a second network namespace")?;
-    let device =
-        Device::create(DEVICE, config.mtu, default_shards(), false).context("cannot make a TUN device")?;
+    let device = Device::create(DEVICE, Layer::Ip, config.mtu, default_shards(), false)
+        .context("cannot make a TUN device")?;
     let (v4, v6) = device_addresses(config);
     runtime()?.block_on(host::enclose(DEVICE, v4, ipv6.then_some(v6)))?;
     host::allow_pings();

@@ -21,7 +21,7 @@ use tungate_engine::Config;
 
 use super::supervise::{Fate, Signals, die_by, end_children, kill_children};
 use super::{FAILED, complain, runtime};
-use crate::driver::{Device, default_shards};
+use crate::driver::{Device, Layer, default_shards};
 use crate::host::{self, DEVICE, device_addresses};
 use crate::link::send_descriptors;
 
@@ -61,7 +61,7 @@ fn set_up(config: &Config, resolver: &str, mut outside: &UnixStream) -> Result<b
     let all = MsFlags::MS_SLAVE | MsFlags::MS_REC;
     mount(None::<&str>, "/", None::<&str>, all, None::<&str>)
         .context("cannot keep mounts to this namespace")?;
-    let device = Device::create(DEVICE, config.mtu, default_shards(), false)
+    let device = Device::create(DEVICE, Layer::Ip, config.mtu, default_shards(), false)
         .context("cannot make a TUN device in the new network namespace")?;
     let (v4, v6) = device_addresses(config);
     let v6: Option<Ipv6Addr> = host::has_ipv6().then_some(v6);

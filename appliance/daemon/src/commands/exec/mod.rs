@@ -27,7 +27,7 @@ use self::resolver::Resolver;
 use self::supervise::{Ended, Fate, Signals, end_children};
 use super::run::{closed, create_journal, raise_descriptor_limit, runtime};
 use super::{Rendered, configuration};
-use crate::driver::{Device, Driver, Message, Report, Settings};
+use crate::driver::{Device, Driver, Layer, Message, Report, Settings};
 use crate::egress::{Dialer, Egresses};
 use crate::link::receive_descriptors;
 use crate::upstream::SocketSetup;
@@ -199,6 +199,7 @@ fn receive_device(mut socket: &UnixStream) -> io::Result<Option<Device>> {
     socket.read_exact(&mut udp_segmentation)?;
     Ok(Some(Device {
         queues,
+        layer: Layer::Ip,
         udp_segmentation: udp_segmentation == [1],
     }))
 }
