@@ -146,6 +146,7 @@ fn data_on_a_syn_reaches_the_target() {
     let report = Bench::new().replay(&["--json", capture]).json();
     let flow = &report["flows"].as_array().unwrap()[1];
     assert_eq!(flow["client"], "10.99.99.1:55534");
+    assert_eq!(flow["anomalies"], serde_json::json!(["syn-data"]));
     assert_eq!(
         (&flow["to_target"]["bytes"], &flow["to_target"]["missing"]),
         (&86.into(), &0.into())

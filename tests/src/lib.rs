@@ -3,6 +3,7 @@
 pub mod client;
 pub mod memory;
 pub mod packet;
+pub mod pattern;
 pub mod recorder;
 pub mod rig;
 pub mod world;

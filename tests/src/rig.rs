@@ -11,8 +11,9 @@ use tungate_engine::{
     Config, Deadline, Engine, Event, FlowId, IngressId, Input, Judgement, PacketIn, Policy, Timestamp,
 };
 
-use crate::client::{Manner, Pattern, Shape, TcpClient};
+use crate::client::{Manner, Shape, TcpClient};
 use crate::packet::{Message, Options, Reader};
+use crate::pattern::Pattern;
 use crate::recorder::{Command, Output, Recorder};
 
 /// An engine, the world around it and its time.

@@ -201,10 +201,11 @@ impl Connection {
             client_received: self.upstream.sent,
             client_has_fin: true,
             // When all is said and only not heard yet, a client may still reset; and one whose last ACK from the
-            // engine was lost may repeat its FIN when the engine's TIME-WAIT is over.
+            // engine was lost may repeat its FIN when the engine's TIME-WAIT is over, or give up on a dead link.
             client_end: match outcome.client_end {
                 Some(End::Aborted) if self.client.reset => Some(End::Aborted),
                 Some(End::Reset) => Some(End::Reset),
+                Some(End::TimedOut) => Some(End::TimedOut),
                 _ => Some(End::Finished),
             },
             upstream_received: self.client.sent,

@@ -11,8 +11,8 @@ use super::ledger::Record;
 use super::link::{Delivery, Parcel};
 use super::scenario::{Denial, TARGETS, Target, endpoint_address, ping_identifier, target_address};
 use super::{SESSIONS, World};
-use crate::client::Pattern;
 use crate::packet::{Datagram, Icmp, Message, echo_request, fragments};
+use crate::pattern::Pattern;
 
 /// A datagram or echo request on its way to a target.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -12,7 +12,7 @@ use super::{FIRST, SYN_PATIENCE, TcpFlow};
 use crate::replay::card::Anomaly;
 use crate::replay::item::Packet;
 use crate::replay::repair;
-use crate::replay::stream::SYN;
+use crate::replay::stream::{Origin, SYN};
 
 /// The largest window scale (RFC 7323, section 2.3), which stands for one that was not captured.
 const SHIFT_MAX: u8 = 14;
@@ -268,8 +268,8 @@ impl TcpFlow {
     /// Takes a captured RST of the target's.
     pub(super) fn on_captured_reset(&mut self, header: &Captured) {
         let Some(origin) = self.client.origin else { return };
+        let acknowledges_syn = header.flags.ack() && self.answers_syn(origin, header.acknowledgment);
         let upstream = &mut self.upstream;
-        let acknowledges_syn = header.flags.ack() && header.acknowledgment == origin.number(FIRST);
         match upstream.answer {
             None if acknowledges_syn => upstream.answer = Some(Answer::Refused),
             Some(Answer::Connected) => {
@@ -300,7 +300,7 @@ impl TcpFlow {
             return false; // sent again
         }
         match self.client.origin {
-            Some(origin) if header.acknowledgment != origin.number(FIRST) => return false,
+            Some(origin) if !self.answers_syn(origin, header.acknowledgment) => return false,
             Some(_) => {}
             None => {
                 self.upstream.expected = header.acknowledgment;
@@ -314,6 +314,12 @@ impl TcpFlow {
             self.on_scales(header.window_scale);
         }
         true
+    }
+
+    /// Whether a number acknowledges the SYN, with all, some or none of the data on it (RFC 7413, section 3).
+    fn answers_syn(&self, origin: Origin, acknowledgment: u32) -> bool {
+        let position = origin.position(acknowledgment, FIRST);
+        (FIRST..=self.client.next.max(FIRST)).contains(&position)
     }
 
     /// Both captured SYNs are known.
