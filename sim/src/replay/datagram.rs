@@ -113,7 +113,7 @@ impl Shard {
     /// Plays a client's datagram or echo request.
     pub(super) fn datagram_from_client(&mut self, slot: u32, packet: &Packet, ip: &[u8]) -> Judged {
         let assessed = match PacketView::parse(ip) {
-            Ok(view) => self.assess(packet, &view),
+            Ok(view) => self.assess(packet, &view, &view.transport()),
             Err(_) => Assessed::UNREAD,
         };
         let judgement = self.judge(ip, assessed.state());
@@ -134,7 +134,8 @@ impl Shard {
     /// Plays a datagram, echo reply or ICMP error that was captured on its way to the client.
     pub(super) fn datagram_from_target(&mut self, slot: u32, packet: &Packet, ip: &[u8]) {
         let Ok(view) = PacketView::parse(ip) else { return };
-        if self.is_lost(packet, &view) {
+        let transport = view.transport();
+        if self.is_lost(packet, &view, &transport) {
             return;
         }
         let Some(Flow::Datagram(flow)) = &self.stage.flows[slot as usize] else {
@@ -146,7 +147,7 @@ impl Shard {
             .live(card.engine)
             .or_else(|| self.live(self.stage.mappings.get(&card.client).copied()));
         let Some(id) = id else { return };
-        let event = match view.transport() {
+        let event = match transport {
             Ok(Transport::Udp(datagram)) => UpstreamEvent::Datagram {
                 source: sent_to,
                 payload: datagram.payload,

@@ -286,6 +286,9 @@ impl<'a> Dispatcher<'a> {
             Role::Target(place) => (Side::Target, place),
             Role::Outside => return self.note(found.number, Side::Target, Verdict::Pass),
         };
+        if let Some(begins) = self.roles.take_begun() {
+            self.push(place.shard, What::Begin(place, found.number, Box::new(begins)));
+        }
         let packet = self.write(place.shard, found);
         self.push(place.shard, What::Packet(side, place, packet));
     }

@@ -3,19 +3,21 @@
 use tungate_engine::policy::RuleRef;
 use tungate_engine::{DropReason, ShardId, Timestamp};
 
-use super::roles::Place;
+use super::roles::{Begins, Place};
 use crate::outcome::{FlowRecord, Path, Side, Totals};
 
 /// One thing for a shard to do, at its time. Items come in file order.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(super) struct Item {
     pub(super) time: Timestamp,
     pub(super) shard: ShardId,
     pub(super) what: What,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(super) enum What {
+    /// A conversation begins with the packet of this number, which follows.
+    Begin(Place, u64, Box<Begins>),
     /// A packet of a conversation.
     Packet(Side, Place, Packet),
     /// A client's fragment, for the engine to put together. The dispatcher waits for the answer.

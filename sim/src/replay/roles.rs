@@ -83,8 +83,6 @@ pub(super) struct Place {
     pub(super) slot: u32,
     /// Its number in the report; 0 where it is no flow.
     pub(super) flow: u64,
-    /// Whether this is its first packet, and if so, what it takes the place of.
-    pub(super) begins: Option<Begins>,
 }
 
 /// The beginning of a conversation.
@@ -130,6 +128,8 @@ pub(super) struct Roles {
     /// Slots of TCP flows that have made room for another, in which something may still be on its way.
     retired: VecDeque<(u64, Gone)>,
     gone: Vec<Gone>,
+    /// What began with the packet that was asked about last.
+    begun: Option<Begins>,
     slots: [Slots; SHARDS as usize],
     flows: u64,
 }
@@ -238,6 +238,7 @@ impl Roles {
             queues: Default::default(),
             retired: VecDeque::new(),
             gone: Vec::new(),
+            begun: None,
             slots: Default::default(),
             flows: 0,
         }
@@ -292,6 +293,11 @@ impl Roles {
             },
             Facts::Other { protocol } => self.pair(now, source, destination, protocol, owner),
         }
+    }
+
+    /// The conversation that began with the packet that was asked about last, if one did: it is told once.
+    pub(super) fn take_begun(&mut self) -> Option<Begins> {
+        self.begun.take()
     }
 
     /// Who sends a fragment, and the conversation it belongs to where that is known already. `ports` are those of a
@@ -718,9 +724,7 @@ impl Roles {
     fn touch(&mut self, now: u64, index: u32) -> Place {
         let conversation = &mut self.conversations[index as usize];
         conversation.last = now;
-        let place = conversation.place;
-        conversation.place.begins = None;
-        place
+        conversation.place
     }
 
     fn begin(&mut self, now: u64, key: Key, silence: Silence, begins: Begins, shard: ShardId) -> u32 {
@@ -739,12 +743,7 @@ impl Roles {
             key,
             generation: 0,
             client: begins.client,
-            place: Place {
-                shard,
-                slot,
-                flow,
-                begins: Some(begins),
-            },
+            place: Place { shard, slot, flow },
             last: now,
             silence,
             tcp: TcpState::default(),
@@ -767,6 +766,7 @@ impl Roles {
         });
         self.enqueue_conversation(now, index);
         self.add_pair(begins.client.ip(), begins.target.ip());
+        self.begun = Some(begins);
         index
     }
 

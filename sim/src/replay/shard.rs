@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tungate_engine::io::ChecksumState;
-use tungate_engine::packet::PacketView;
-use tungate_engine::{Config, IngressId, Input, Judgement, PacketIn, Policy, ShardId, Timestamp};
+use tungate_engine::packet::{PacketView, Transport};
+use tungate_engine::{Config, DropReason, IngressId, Input, Judgement, PacketIn, Policy, ShardId, Timestamp};
 
 use super::card::{Card, Refused};
 use super::datagram::DatagramFlow;
@@ -55,6 +55,8 @@ pub(super) struct Shard {
     pub(super) stage: Stage,
     pub(super) now: Timestamp,
     deadline: Option<Timestamp>,
+    /// The engine has been flushed since it was called last.
+    pub(super) is_flushed: bool,
     pub(super) checksums: Checksums,
     pub(super) midstream: Midstream,
     pub(super) counts: Counts,
@@ -96,6 +98,7 @@ impl Shard {
             stage,
             now: Timestamp::ZERO,
             deadline: None,
+            is_flushed: false,
             checksums: setup.checksums,
             midstream: setup.midstream,
             counts: Counts::default(),
@@ -111,22 +114,25 @@ impl Shard {
     pub(super) fn play(&mut self, item: &Item, bytes: &mut [u8], filter: &mut Filter) -> Option<Reply> {
         self.advance(item.time);
         self.now = item.time;
-        match item.what {
+        match &item.what {
+            What::Begin(place, number, begins) => {
+                self.begin_flow(place, *number, begins);
+                None
+            }
             What::Packet(side, place, packet) => {
                 let seen = match side {
-                    Side::Client if !packet.is_reassembled => self.look(bytes, &packet, filter),
+                    Side::Client if !packet.is_reassembled => self.look(bytes, packet, filter),
                     Side::Client | Side::Target | Side::None => None,
                 };
-                let ip = ip_of(bytes, &packet);
+                let ip = ip_of(bytes, packet);
                 self.stage
                     .begin(self.now, Cause::Packet(packet.number), Some(place.slot));
-                self.begin_flow(&place, &packet);
                 if let Some(card) = self.stage.card(place.slot) {
                     card.on_packet(self.now);
                 }
                 match side {
-                    Side::Client => self.play_client(place, &packet, ip, seen),
-                    Side::Target => self.play_target(place, &packet, ip),
+                    Side::Client => self.play_client(place, packet, ip, seen),
+                    Side::Target => self.play_target(place, packet, ip),
                     Side::None => unreachable!("only what somebody sent belongs to a conversation"),
                 }
                 self.stage.attend(place.slot);
@@ -134,22 +140,22 @@ impl Shard {
                 None
             }
             What::ClientFragment(packet) => {
-                let seen = self.look(bytes, &packet, filter);
-                let ip = ip_of(bytes, &packet);
-                Some(Reply::Fragment(self.fragment_from_client(&packet, ip, seen)))
+                let seen = self.look(bytes, packet, filter);
+                let ip = ip_of(bytes, packet);
+                Some(Reply::Fragment(self.fragment_from_client(packet, ip, seen)))
             }
             What::TargetFragment(place, packet) => {
                 if let Some(card) = self.stage.card(place.slot) {
                     card.on_packet(self.now);
                 }
-                self.record_target(place, &packet);
+                self.record_target(place, packet);
                 None
             }
             What::Forget(slot) => {
-                self.close(slot, true);
+                self.close(*slot, true);
                 None
             }
-            What::Policy(index) => {
+            &What::Policy(index) => {
                 self.stage.begin(self.now, Cause::Policy(self.stage.shard), None);
                 self.stage.policy = index;
                 let policy = Arc::clone(&self.stage.policies[usize::from(index)]);
@@ -184,6 +190,7 @@ impl Shard {
             // An engine that wants to come back at once would keep time from moving.
             let later = self.now + Duration::from_micros(1);
             self.deadline = self.deadline.map(|deadline| deadline.max(later));
+            self.is_flushed = false;
         }
     }
 
@@ -194,8 +201,12 @@ impl Shard {
                 self.stage.current = Some(slot);
                 self.react(slot);
             }
+            if self.is_flushed && self.deadline.is_none_or(|deadline| deadline > self.now) {
+                return; // there is nothing that it could do
+            }
             let deadline = self.host.flush(self.now, &mut self.stage);
             self.deadline = deadline.map(|deadline| deadline.at);
+            self.is_flushed = true;
             if self.stage.waiting.is_empty() {
                 return;
             }
@@ -230,13 +241,12 @@ impl Shard {
 
     // ---- packets -----------------------------------------------------------------------------------------------
 
-    fn begin_flow(&mut self, place: &Place, packet: &Packet) {
-        let Some(begins) = &place.begins else { return };
+    fn begin_flow(&mut self, place: &Place, number: u64, begins: &Begins) {
         let slot = place.slot as usize;
         if self.stage.flows.len() <= slot {
             self.stage.flows.resize_with(slot + 1, || None);
         }
-        let card = |protocol| Card::new(place.flow, begins, protocol, packet.number, self.now);
+        let card = |protocol| Card::new(place.flow, begins, protocol, number, self.now);
         self.stage.flows[slot] = Some(match begins {
             Begins {
                 protocol: Some(tungate_engine::Protocol::Tcp),
@@ -262,7 +272,7 @@ impl Shard {
         filter.look(self.stage.policy, self.now, &bytes[start..end])
     }
 
-    fn play_client(&mut self, place: Place, packet: &Packet, ip: &mut [u8], seen: Option<Seen>) {
+    fn play_client(&mut self, place: &Place, packet: &Packet, ip: &mut [u8], seen: Option<Seen>) {
         let verdict = match &self.stage.flows[place.slot as usize] {
             Some(Flow::Tcp(_)) => self.tcp_from_client(place.slot, packet, ip),
             Some(Flow::Datagram(_)) => self.datagram_from_client(place.slot, packet, ip),
@@ -289,14 +299,14 @@ impl Shard {
 
     fn other_from_client(&mut self, slot: u32, packet: &Packet, ip: &mut [u8]) -> Judged {
         let assessed = match PacketView::parse(ip) {
-            Ok(view) => self.assess(packet, &view),
+            Ok(view) => self.assess(packet, &view, &view.transport()),
             Err(_) => Assessed::UNREAD,
         };
         let judgement = self.judge(ip, assessed.state());
         self.note_judgement(slot, &judgement)
     }
 
-    fn play_target(&mut self, place: Place, packet: &Packet, ip: &mut [u8]) {
+    fn play_target(&mut self, place: &Place, packet: &Packet, ip: &mut [u8]) {
         let is_refused = self.record_target(place, packet);
         if is_refused {
             return;
@@ -309,7 +319,7 @@ impl Shard {
     }
 
     /// Records a packet from a target, which has no verdict but its flow's. Returns whether that is refused.
-    fn record_target(&mut self, place: Place, packet: &Packet) -> bool {
+    fn record_target(&mut self, place: &Place, packet: &Packet) -> bool {
         let card = self.stage.card(place.slot);
         let refused = card.as_ref().and_then(|card| card.refused);
         let path = card
@@ -382,6 +392,7 @@ impl Shard {
             segment_size: None,
         };
         self.stage.line(Line::PacketIn(ip));
+        self.is_flushed = false;
         let judgement = self.host.handle(self.now, Input::Packet(packet), &mut self.stage);
         judgement.expect("every packet is judged")
     }
@@ -391,6 +402,7 @@ impl Shard {
         if let Input::Upstream(flow, event) = &input {
             self.stage.line(Line::Upstream(*flow, event));
         }
+        self.is_flushed = false;
         self.host.handle(self.now, input, &mut self.stage);
     }
 
@@ -413,23 +425,38 @@ impl Shard {
     }
 
     /// Judges a packet's checksums, as far as they are there.
-    pub(super) fn assess(&mut self, packet: &Packet, view: &PacketView<'_>) -> Assessed {
-        let soundness = self.soundness(packet, view);
+    pub(super) fn assess(
+        &mut self,
+        packet: &Packet,
+        view: &PacketView<'_>,
+        transport: &Result<Transport<'_>, DropReason>,
+    ) -> Assessed {
+        let soundness = self.soundness(packet, view, transport);
         self.count_repair(soundness);
         Assessed(soundness)
     }
 
     /// Whether a packet from a target has been lost on the way for its checksum.
-    pub(super) fn is_lost(&self, packet: &Packet, view: &PacketView<'_>) -> bool {
-        self.checksums == Checksums::Strict && self.soundness(packet, view) == Soundness::Wrong
+    pub(super) fn is_lost(
+        &self,
+        packet: &Packet,
+        view: &PacketView<'_>,
+        transport: &Result<Transport<'_>, DropReason>,
+    ) -> bool {
+        self.checksums == Checksums::Strict && self.soundness(packet, view, transport) == Soundness::Wrong
     }
 
-    fn soundness(&self, packet: &Packet, view: &PacketView<'_>) -> Soundness {
+    fn soundness(
+        &self,
+        packet: &Packet,
+        view: &PacketView<'_>,
+        transport: &Result<Transport<'_>, DropReason>,
+    ) -> Soundness {
         let header = repair::ip_header(view, self.checksums);
         let is_whole = packet.captured as usize >= view.bytes().len();
-        match view.transport() {
+        match transport {
             Ok(transport) if is_whole => {
-                repair::worse(header, repair::transport(view, &transport, self.checksums))
+                repair::worse(header, repair::transport(view, transport, self.checksums))
             }
             Ok(_) | Err(_) => header,
         }

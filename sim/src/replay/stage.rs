@@ -148,16 +148,18 @@ impl Stage {
     /// Puts a TCP flow on the list if it has something to do, and sees to its timers.
     pub(super) fn attend(&mut self, slot: u32) {
         let Some(flow) = self.tcp(slot) else { return };
-        let due = flow.due().filter(|due| *due < flow.queued);
-        if let Some(due) = due {
+        let due = flow.due();
+        let is_earlier = due < flow.queued;
+        if is_earlier {
             flow.queued = due;
         }
-        let has_work = flow.has_work();
-        if let Some(due) = due {
+        let calls = !flow.waits && flow.has_work();
+        flow.waits |= calls;
+        if is_earlier {
             self.timers.push(Reverse((due, slot)));
         }
-        if has_work {
-            self.call(slot);
+        if calls {
+            self.waiting.push_back(slot);
         }
     }
 
@@ -177,7 +179,7 @@ impl Stage {
                     continue;
                 }
             };
-            if due.is_some_and(|due| due <= at) {
+            if due <= at {
                 return Some(at);
             }
             self.timers.pop();

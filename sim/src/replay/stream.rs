@@ -232,8 +232,11 @@ impl Gaps {
 
     /// When the next gap is to be filled in.
     pub(super) fn due(&self) -> Option<Timestamp> {
-        let acknowledged = self.acknowledged.map(|(at, _)| at);
-        [acknowledged, self.fin].into_iter().flatten().min()
+        match (self.acknowledged, self.fin) {
+            (Some((acknowledged, _)), Some(fin)) => Some(acknowledged.min(fin)),
+            (Some((at, _)), None) | (None, Some(at)) => Some(at),
+            (None, None) => None,
+        }
     }
 
     /// Up to where to fill at `now`, where `end` is all that was captured.
@@ -331,11 +334,11 @@ impl Delivered {
 
 /// Lower-case hexadecimal digits of `bytes`.
 pub(super) fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        write!(text, "{byte:02x}").expect("a string takes any text");
-        text
-    })
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let nibbles = bytes.iter().flat_map(|byte| [byte >> 4, byte & 0xf]);
+    nibbles
+        .map(|nibble| char::from(DIGITS[usize::from(nibble)]))
+        .collect()
 }
 
 #[cfg(test)]

@@ -64,8 +64,9 @@ impl Shard {
         let Ok(view) = PacketView::parse(ip) else {
             return self.raw(slot, ip, Assessed::UNREAD);
         };
-        let assessed = self.assess(packet, &view);
-        let Ok(Transport::Tcp(tcp)) = view.transport() else {
+        let transport = view.transport();
+        let assessed = self.assess(packet, &view, &transport);
+        let Ok(Transport::Tcp(tcp)) = &transport else {
             return self.raw(slot, ip, assessed);
         };
         if !assessed.is_sound() {
@@ -74,7 +75,7 @@ impl Shard {
             self.translate(slot, &mut ip[transport..], (acknowledgment, window));
             return self.raw(slot, ip, assessed);
         }
-        let header = Captured::new(&tcp, view.transport_offset(), view.bytes().len(), packet);
+        let header = Captured::new(tcp, view.transport_offset(), view.bytes().len(), packet);
         if !self.prepare(slot, &header) {
             return self.raw(slot, ip, assessed);
         }
@@ -248,26 +249,27 @@ impl Shard {
     /// Plays a packet that was captured on its way to the client.
     pub(in super::super) fn tcp_from_target(&mut self, slot: u32, packet: &Packet, ip: &mut [u8]) {
         let Ok(view) = PacketView::parse(ip) else { return };
-        if self.is_lost(packet, &view) {
+        let transport = view.transport();
+        if self.is_lost(packet, &view, &transport) {
             return;
         }
-        let tcp = match view.transport() {
+        let tcp = match &transport {
             Ok(Transport::Tcp(tcp)) => tcp,
             Ok(Transport::Icmp(icmp)) => {
                 if let IcmpMessage::Error {
                     error: IcmpError::Unreachable(why),
                     ..
-                } = icmp.message
+                } = &icmp.message
                     && let Some(flow) = self.stage.tcp(slot)
                     && flow.upstream.state == State::Opening
                 {
-                    flow.upstream.answer.get_or_insert(Answer::Unreachable(why));
+                    flow.upstream.answer.get_or_insert(Answer::Unreachable(*why));
                 }
                 return;
             }
             Ok(Transport::Udp(_)) | Err(_) => return,
         };
-        let header = Captured::new(&tcp, view.transport_offset(), view.bytes().len(), packet);
+        let header = Captured::new(tcp, view.transport_offset(), view.bytes().len(), packet);
         let now = self.now;
         let Some(flow) = self.stage.tcp(slot) else { return };
         flow.note_header(&header);
@@ -381,6 +383,7 @@ impl Shard {
                 return;
             };
             let (upstream, fillers) = (&mut flow.upstream, &mut flow.client.fillers);
+            self.is_flushed = false;
             let taken = self.host.read(now, id, &mut stage.digest, |bytes| {
                 let at = upstream.taken.max(FIRST);
                 upstream.delivered.take(at, bytes, fillers);
@@ -412,6 +415,7 @@ impl Shard {
             if pending.is_empty() {
                 break;
             }
+            self.is_flushed = false;
             let given = self.host.write(self.now, id, |space| {
                 let (first, _) = pending.as_slices();
                 let len = first.len().min(space.len());

@@ -98,8 +98,8 @@ impl TcpFlow {
             || (upstream.state == State::Connected && (upstream.writable || upstream.has_reset))
     }
 
-    /// When its timers want it.
-    pub(super) fn due(&self) -> Option<Timestamp> {
+    /// When its timers want it; [`Timestamp::MAX`] is never.
+    pub(super) fn due(&self) -> Timestamp {
         let timers = [
             self.client.resend_at,
             self.client.acknowledge_at,
@@ -107,7 +107,11 @@ impl TcpFlow {
             self.upstream.gaps.due(),
             self.upstream.wait_for_syn,
         ];
-        timers.into_iter().flatten().min()
+        let or_never = |timer: Option<Timestamp>| timer.unwrap_or(Timestamp::MAX);
+        timers
+            .into_iter()
+            .map(or_never)
+            .fold(Timestamp::MAX, Timestamp::min)
     }
 
     /// The engine has let go of the flow.

@@ -3,6 +3,7 @@
 use tungate_engine::packet::{TcpFlags, checksum};
 
 const CHECKSUM: usize = 16;
+const END: u8 = 0;
 const NO_OPERATION: u8 = 1;
 
 /// What kinds of options were found that do not go on.
@@ -40,7 +41,7 @@ impl<'a> Header<'a> {
         let mut at = 20;
         while at < end {
             let len = match self.bytes[at] {
-                0 => break,
+                END => break,
                 NO_OPERATION => {
                     at += 1;
                     continue;
@@ -55,6 +56,8 @@ impl<'a> Header<'a> {
                         self.replace(edge, &mapped.to_be_bytes());
                     }
                 }
+                // Behind the last option the list may as well end: then nobody walks the padding.
+                8 if at + len == end => self.replace(at, &[END; 10][..len.min(10)]),
                 8 => self.replace(at, &[NO_OPERATION; 10][..len.min(10)]),
                 19 | 29 => {
                     removed.authentication = true;
@@ -69,20 +72,16 @@ impl<'a> Header<'a> {
 
     /// Writes `new` at `at`.
     fn replace(&mut self, at: usize, new: &[u8]) {
-        let (start, end) = (at & !1, (at + new.len()).next_multiple_of(2));
-        let word = |bytes: &[u8], at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
-        let mut sum = word(self.bytes, CHECKSUM);
-        let mut old = [0; 48];
-        let old = &mut old[..end - start];
-        old.copy_from_slice(&self.bytes[start..end]);
-        self.bytes[at..at + new.len()].copy_from_slice(new);
-        for at in (0..end - start).step_by(2) {
-            let (before, after) = (word(old, at), word(self.bytes, start + at));
-            if before != after {
-                sum = checksum::update(sum, before, after);
-            }
+        if self.bytes[at..at + new.len()] == *new {
+            return;
         }
-        self.bytes[CHECKSUM..CHECKSUM + 2].copy_from_slice(&sum.to_be_bytes());
+        let words = at & !1..(at + new.len()).next_multiple_of(2);
+        let before = checksum::sum(&self.bytes[words.clone()]);
+        self.bytes[at..at + new.len()].copy_from_slice(new);
+        let after = checksum::sum(&self.bytes[words]);
+        let field = &mut self.bytes[CHECKSUM..CHECKSUM + 2];
+        let sum = checksum::update(u16::from_be_bytes([field[0], field[1]]), before, after);
+        field.copy_from_slice(&sum.to_be_bytes());
     }
 }
 
