@@ -3,7 +3,9 @@
 //! Every case runs several times, in rounds over all cases, so that what disturbs the machine for a while disturbs
 //! all of them alike; the tables show medians.
 
+mod child;
 mod engine;
+mod replay;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,6 +22,8 @@ use crate::workspace::Workspace;
 pub(crate) enum Bench {
     /// Nanoseconds per packet and connection, and resident bytes per flow, of the engine alone
     Engine(Options),
+    /// Packets per second and peak memory of `replay`, beside tshark and tcpdump on the same capture
+    Replay(replay::Options),
 }
 
 #[derive(Args)]
@@ -32,6 +36,7 @@ pub(crate) struct Options {
 pub(crate) fn run(workspace: &Workspace, bench: &Bench) -> Result<ExitCode> {
     match bench {
         Bench::Engine(options) => engine::run(workspace, options),
+        Bench::Replay(options) => replay::run(workspace, options),
     }?;
     Ok(ExitCode::SUCCESS)
 }

@@ -10,13 +10,16 @@ pub fn sum(bytes: &[u8]) -> u16 {
     // The sum is the same in either byte order but for a final swap (RFC 1071, section 2 (B)), and carries may be
     // folded late (2 (A)): 32-bit words in native order go into 64-bit lanes, which compilers vectorise.
     let (blocks, rest) = bytes.as_chunks::<64>();
-    let mut lanes = [0u64; 16];
-    for block in blocks {
-        for (lane, word) in lanes.iter_mut().zip(block.as_chunks::<4>().0) {
-            *lane += u64::from(u32::from_ne_bytes(*word));
+    let mut total = 0;
+    if !blocks.is_empty() {
+        let mut lanes = [0u64; 16];
+        for block in blocks {
+            for (lane, word) in lanes.iter_mut().zip(block.as_chunks::<4>().0) {
+                *lane += u64::from(u32::from_ne_bytes(*word));
+            }
         }
+        total = lanes.iter().sum();
     }
-    let mut total: u64 = lanes.iter().sum();
     let (words, rest) = rest.as_chunks::<4>();
     for word in words {
         total += u64::from(u32::from_ne_bytes(*word));
