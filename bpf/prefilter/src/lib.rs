@@ -1,8 +1,8 @@
 //! The pre-filter's loaders: lists become map contents, and the XDP program runs over them.
 //!
-//! [`Prefilter`] keeps lists and maps in step. What carries the maps is a [`Backend`]: [`vm::Machine`] interprets
-//! the committed bytecode, without root and the same on every machine; with the feature `kernel`, `kernel::Kernel`
-//! loads it into the kernel. Both run the very same object ([`OBJECT`]) on the very same contents.
+//! [`Prefilter`] keeps lists and maps in step. What carries the maps is a [`Backend`]: [`vm::Machine`] runs the
+//! committed bytecode without root and the same on every machine; with the feature `kernel`, `kernel::Kernel` loads
+//! it into the kernel. Both run the very same object ([`OBJECT`]) on the very same contents.
 //!
 //! The contract: what the program drops, the engine would drop by the same list entry. So only lists are exported;
 //! see [`NotExported`] for what is not, and why.

@@ -41,13 +41,13 @@ pub enum ObjectError {
         /// Names the loaders know.
         expected: Vec<&'static str>,
     },
-    /// A map of a type or with sizes the interpreter does not know.
+    /// A map of a type or with sizes the virtual machine does not know.
     #[error("map {name} is of an unknown kind")]
     MapKind {
         /// Name of the map.
         name: String,
     },
-    /// An instruction the interpreter does not know.
+    /// An instruction the translation does not know.
     #[error("instruction {index} (code {code:#04x}) is not supported")]
     Instruction {
         /// Index of the instruction.

@@ -1,4 +1,4 @@
-//! The kernel decides, counts and reports as the interpreter does. Without root and BPF, tests are skipped aloud.
+//! The kernel decides, counts and reports as the virtual machine does. Without root and BPF, tests are skipped aloud.
 
 mod common;
 
@@ -67,12 +67,12 @@ proptest! {
     #![proptest_config(config())]
 
     #[test]
-    fn verdicts_counters_and_events_are_those_of_the_interpreter(
+    fn verdicts_counters_and_events_are_those_of_the_virtual_machine(
         lists in lists(),
         frames in vec(runnable_frame(), 50..150),
     ) {
         let Some(mut kernel) = kernel(Sampling::ALL) else { return Ok(()) };
-        let mut vm = Vm::interpreted(Sampling::ALL).expect("the object is sound");
+        let mut vm = Vm::simulated(Sampling::ALL).expect("the object is sound");
         apply(&mut kernel, &lists);
         apply(&mut vm, &lists);
         for frame in &frames {
@@ -84,13 +84,13 @@ proptest! {
     }
 
     #[test]
-    fn single_changes_in_the_kernel_come_to_the_same_as_in_the_interpreter(
+    fn single_changes_in_the_kernel_come_to_the_same_as_in_the_virtual_machine(
         lists in vec(entry(), 0..8),
         changes in vec(prop_oneof![entry().prop_map(Ok), any::<Index>().prop_map(Err)], 1..12),
         frames in vec(runnable_frame(), 20..30),
     ) {
         let Some(mut kernel) = kernel(Sampling::ALL) else { return Ok(()) };
-        let mut vm = Vm::interpreted(Sampling::ALL).expect("the object is sound");
+        let mut vm = Vm::simulated(Sampling::ALL).expect("the object is sound");
         apply(&mut kernel, &lists);
         apply(&mut vm, &lists);
         for change in changes {

@@ -1,4 +1,4 @@
-//! Another interpreter, rbpf, runs the same bytecode on the same contents to the same verdicts, counts and events.
+//! An interpreter, rbpf, runs the same bytecode on the same contents to the same verdicts, counts and events.
 //!
 //! rbpf has real addresses, of which the context holds 32 bits: the packet lies in memory that is mapped low, which
 //! only x86-64 offers.
@@ -23,8 +23,8 @@ const NOW: u64 = 5;
 
 proptest! {
     #[test]
-    fn another_interpreter_comes_to_the_same(lists in lists(), more in lists(), frames in vec(frame(), 1..80)) {
-        let mut vm = Vm::interpreted(Sampling::ALL).expect("the object is sound");
+    fn an_interpreter_comes_to_the_same(lists in lists(), more in lists(), frames in vec(frame(), 1..80)) {
+        let mut vm = Vm::simulated(Sampling::ALL).expect("the object is sound");
         let mut other = Prefilter::new(Rbpf::new()).expect("lists fit");
         for lists in [lists, more] {
             let policy = PolicySpec { lists, ..PolicySpec::default() };
@@ -114,7 +114,7 @@ impl Rbpf {
 /// Helper 1.
 fn lookup(map: u64, key: u64, _: u64, _: u64, _: u64) -> u64 {
     fn read<const N: usize>(address: u64) -> [u8; N] {
-        // SAFETY: keys have the sizes of their maps, which the interpreter under test checks.
+        // SAFETY: keys have the sizes of their maps, which the machine under test checks.
         unsafe { std::ptr::read_unaligned(address as *const [u8; N]) }
     }
     fn place<T>(found: Option<&T>) -> u64 {
@@ -234,7 +234,7 @@ impl Backend for Rbpf {
         machine.register_helper(1, lookup).expect("a helper");
         machine.register_helper(131, reserve).expect("a helper");
         machine.register_helper(132, submit).expect("a helper");
-        // It looks at the first byte of an access only; the interpreter under test is the strict one.
+        // It looks at the first byte of an access only; the machine under test is the strict one.
         machine.register_allowed_memory(0..u64::MAX);
         let action = machine
             .execute_program(packet, &context)

@@ -1,4 +1,4 @@
-//! The interpreted program decides as a linear scan behind a parser of its own does.
+//! The program in the virtual machine decides as a linear scan behind a parser of its own does.
 
 mod common;
 
@@ -27,7 +27,7 @@ use tungate_prefilter::{
 const NOW: u64 = 5;
 
 fn vm(lists: &[ListEntry]) -> Vm {
-    let mut vm = Vm::interpreted(Sampling::default()).expect("the committed object is sound");
+    let mut vm = Vm::simulated(Sampling::default()).expect("the committed object is sound");
     vm.apply(
         &PolicySpec {
             lists: lists.to_vec(),
@@ -274,7 +274,7 @@ fn counts_stay_with_an_entry_while_lists_change_around_it() {
     let (kept, other) = (deny("192.0.2.0/24"), deny("198.51.100.0/24"));
     let mut vm = vm(&[other.clone(), kept.clone()]);
     let frame = segment([192, 0, 2, 7], [203, 0, 113, 1], 80);
-    let counted = |vm: &mut Vm| vm.counters().expect("the interpreter counts").rules;
+    let counted = |vm: &mut Vm| vm.counters().expect("the machine counts").rules;
     for _ in 0..3 {
         vm.run(&frame).expect("it runs");
     }
@@ -306,7 +306,7 @@ fn counts_stay_with_an_entry_while_lists_change_around_it() {
     };
     vm.apply(&policy, NOW).expect("it fits");
     vm.run(&frame).expect("it runs");
-    let counters = vm.counters().expect("the interpreter counts");
+    let counters = vm.counters().expect("the machine counts");
     assert_eq!(
         counters.rules,
         [(
@@ -328,7 +328,7 @@ fn counts_stay_with_an_entry_while_lists_change_around_it() {
 
 #[test]
 fn sampled_events_say_what_happened_also_across_a_change_of_lists() {
-    let mut vm = Vm::interpreted(Sampling {
+    let mut vm = Vm::simulated(Sampling {
         drops: Some(1),
         passes: None,
     })
@@ -360,7 +360,7 @@ fn sampled_events_say_what_happened_also_across_a_change_of_lists() {
     vm.run(&segment([192, 0, 2, 6], [203, 0, 113, 1], 443))
         .expect("it runs");
     let events: Vec<PacketEvent> =
-        std::iter::from_fn(|| vm.next_event().expect("the interpreter has events")).collect();
+        std::iter::from_fn(|| vm.next_event().expect("the machine has events")).collect();
     let told: Vec<_> = events
         .iter()
         .map(|event| (event.rule, event.addresses.map(|(source, _)| source)))
@@ -387,15 +387,15 @@ fn sampled_events_say_what_happened_also_across_a_change_of_lists() {
 
 #[test]
 fn a_full_ring_buffer_loses_events_and_no_counts() {
-    let mut vm = Vm::interpreted(Sampling::ALL).expect("the object is sound");
+    let mut vm = Vm::simulated(Sampling::ALL).expect("the object is sound");
     for _ in 0..2000 {
         vm.run(&segment([192, 0, 2, 1], [203, 0, 113, 1], 443))
             .expect("it runs");
     }
-    let events = std::iter::from_fn(|| vm.next_event().expect("the interpreter has events")).count();
+    let events = std::iter::from_fn(|| vm.next_event().expect("the machine has events")).count();
     // 64 KiB of records of 64 bytes, each behind a header of 8.
     assert_eq!(events, (65_536 - 1) / 72);
-    let counters = vm.counters().expect("the interpreter counts");
+    let counters = vm.counters().expect("the machine counts");
     assert!(counters.reasons.contains(&(
         Reason::NoMatch,
         Count {
@@ -429,7 +429,7 @@ fn what_the_engine_has_to_see_to_is_reported() {
         rules: vec![rule("quiet", RuleAction::Drop), rule("loud", RuleAction::Reject)],
         ..PolicySpec::default()
     };
-    let mut vm = Vm::interpreted(Sampling::default()).expect("the object is sound");
+    let mut vm = Vm::simulated(Sampling::default()).expect("the object is sound");
     let applied = vm.apply(&policy, NOW).expect("it fits");
     let expected = [
         NotExported {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
-use crate::replay::{Checksums, Congestion, Midstream};
+use crate::replay::{Checksums, Congestion, Midstream, Prefiltering};
 use crate::report::expect::EXAMPLE;
 
 /// Replay captures offline: what would each packet and flow meet, byte for byte the same on every run.
@@ -73,6 +73,10 @@ pub struct Args {
     /// Congestion control towards clients; the capture was shaped already
     #[arg(long, value_enum, default_value_t)]
     pub(super) congestion: Congestion,
+
+    /// Who runs the pre-filter's program; verdicts and digest do not depend on it
+    #[arg(long, value_enum, default_value_t)]
+    pub(super) prefilter: Prefiltering,
 
     /// Threads to use; the result does not depend on it [default: one per processor]
     #[arg(long, value_name = "N")]

@@ -212,6 +212,7 @@ impl Configured {
             midstream: args.midstream,
             checksums: args.checksums,
             congestion: args.congestion,
+            prefilter: args.prefilter,
             jobs: args.jobs,
             ..Options::default()
         };

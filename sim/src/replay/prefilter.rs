@@ -16,7 +16,7 @@ use crate::outcome::Path;
 /// Who runs the pre-filter's program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum Prefiltering {
-    /// An interpreter, here and now
+    /// A virtual machine: the committed bytecode, checked, without the kernel
     #[default]
     Vm,
     /// Nobody: the engine alone judges
@@ -47,7 +47,7 @@ impl Filter {
     pub(super) fn new(kind: Prefiltering, policies: Arc<[Arc<Policy>]>, started: u64) -> Self {
         let vm = match kind {
             Prefiltering::Vm => {
-                let vm = Prefilter::<Machine>::interpreted(Sampling::default());
+                let vm = Prefilter::<Machine>::simulated(Sampling::default());
                 Some(vm.expect("the committed object is a build of this program"))
             }
             Prefiltering::Off => None,

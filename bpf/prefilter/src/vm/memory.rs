@@ -13,7 +13,6 @@ use hashbrown::HashTable;
 use tungate_bpf_abi::Event;
 
 use super::Fault;
-use super::code::{FRAME, HANDLE};
 use crate::object::{MapDefinition, MapShape, ObjectError, index};
 
 const CONTEXT: u64 = 0x1000_0000;
@@ -22,8 +21,17 @@ const STACK: u64 = 0x3000_0000;
 const RECORD: u64 = 0x4000_0000;
 const REGION_MASK: u64 = 0x0fff_ffff;
 
+/// Bytes of stack for each function.
+const FRAME: usize = 512;
+
 /// Deepest nesting of calls, as in the kernel.
-pub(super) const MAX_FRAMES: usize = 8;
+const MAX_FRAMES: usize = 8;
+
+/// Marks a map's handle; the rest is the map's index.
+const HANDLE: u64 = 1 << 62;
+
+/// Most rounds of loops in one run: far more than the verifier's bounded loops can take.
+const FUEL: u32 = 1 << 12;
 
 /// Length of `struct xdp_md`.
 const CONTEXT_LENGTH: usize = 24;
@@ -40,6 +48,7 @@ pub(super) struct Memory {
     record: Option<[u8; size_of::<Event>()]>,
     events: VecDeque<Event>,
     ring_bytes: usize,
+    fuel: u32,
     /// Keys of the latest lookups in [`WATCHED`].
     pub(super) watched: [Option<u32>; 2],
 }
@@ -222,6 +231,7 @@ impl Memory {
             record: None,
             events: VecDeque::new(),
             ring_bytes: 0,
+            fuel: 0,
             watched: [None; 2],
         })
     }
@@ -235,6 +245,17 @@ impl Memory {
         &mut self.maps[inner as usize]
     }
 
+    /// What the program takes for the address of a map.
+    pub(super) const fn handle(map: u32) -> u64 {
+        HANDLE | map as u64
+    }
+
+    /// Pays for one round of a loop.
+    pub(super) fn spend(&mut self) -> Result<(), Fault> {
+        self.fuel = self.fuel.checked_sub(1).ok_or(Fault::Fuel)?;
+        Ok(())
+    }
+
     /// Gets ready for a frame that came in on `interface`; returns the context's address.
     pub(super) fn enter(&mut self, frame: &[u8], interface: u32) -> u64 {
         let start = PACKET as u32;
@@ -243,6 +264,7 @@ impl Memory {
             self.context[word * 4..word * 4 + 4].copy_from_slice(&value.to_le_bytes());
         }
         self.record = None;
+        self.fuel = FUEL;
         self.watched = [None; 2];
         CONTEXT
     }
@@ -251,12 +273,11 @@ impl Memory {
     pub(super) const MAX_FRAME: usize = REGION_MASK as usize;
 
     /// Address of the byte behind the stack frame `depth`.
-    #[inline]
-    pub(super) fn frame_pointer(depth: usize) -> u64 {
+    pub(super) const fn frame_pointer(depth: usize) -> u64 {
         STACK + ((depth + 1) * FRAME) as u64
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn load<const N: usize>(&self, packet: &[u8], address: u64) -> Result<[u8; N], Fault> {
         let bytes = if address >> 28 == PACKET >> 28 {
             part(packet, address)
@@ -276,7 +297,7 @@ impl Memory {
         bytes.ok_or(Fault::Load { address, size: N })
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn store<const N: usize>(&mut self, address: u64, value: [u8; N]) -> Result<(), Fault> {
         let at = (address & REGION_MASK) as usize;
         let place = if address >> 32 != 0 {
@@ -296,29 +317,15 @@ impl Memory {
         Ok(())
     }
 
-    /// Reads from the stack frame that starts at `frame`, at an offset that was checked when the code was decoded.
-    #[inline(always)]
-    pub(super) fn read_frame<const N: usize>(&self, frame: usize, at: u16) -> [u8; N] {
-        let at = frame + usize::from(at);
-        self.stack[at..at + N].try_into().expect("a slice of N bytes")
-    }
-
-    /// Writes to it.
-    #[inline(always)]
-    pub(super) fn write_frame<const N: usize>(&mut self, frame: usize, at: u16, value: [u8; N]) {
-        let at = frame + usize::from(at);
-        self.stack[at..at + N].copy_from_slice(&value);
-    }
-
     /// Helper 1: the address of the value, the handle of the inner map, or 0.
     #[inline]
-    pub(super) fn lookup(&mut self, key: &impl Key, handle: u64) -> Result<u64, Fault> {
+    pub(super) fn lookup(&mut self, packet: &[u8], handle: u64, key: u64) -> Result<u64, Fault> {
         let index = handle ^ HANDLE;
         let map = usize::try_from(index).ok().and_then(|index| self.maps.get(index));
         let map = map.ok_or(Fault::NoMap { handle })?;
         let at = match &map.kind {
             MapKind::Array => {
-                let key = u32::from_le_bytes(key.read(self)?);
+                let key = u32::from_le_bytes(self.load(packet, key)?);
                 if key >= map.entries {
                     return Ok(0);
                 }
@@ -330,21 +337,21 @@ impl Memory {
                 key
             }
             MapKind::Hash8(table) => {
-                let key = u64::from_le_bytes(key.read(self)?);
+                let key = u64::from_le_bytes(self.load(packet, key)?);
                 match table.find(hash8(&key), |(other, _)| *other == key) {
                     Some(&(_, at)) => at,
                     None => return Ok(0),
                 }
             }
             MapKind::Hash24(table) => {
-                let key = key24(&key.read::<24>(self)?);
+                let key = key24(&self.load::<24>(packet, key)?);
                 match table.find(hash24(&key), |(other, _)| *other == key) {
                     Some(&(_, at)) => at,
                     None => return Ok(0),
                 }
             }
             MapKind::Maps(slots) => {
-                let key = u32::from_le_bytes(key.read(self)?);
+                let key = u32::from_le_bytes(self.load(packet, key)?);
                 let inner = slots.get(key as usize).copied().flatten();
                 return Ok(inner.map_or(0, |inner| HANDLE | u64::from(inner)));
             }
@@ -371,7 +378,7 @@ impl Memory {
     }
 
     /// Helper 132: hands the record to the reader.
-    pub(super) fn submit(&mut self, address: u64) -> Result<(), Fault> {
+    pub(super) fn submit(&mut self, address: u64) -> Result<u64, Fault> {
         let record = self
             .record
             .take()
@@ -379,7 +386,7 @@ impl Memory {
             .ok_or(Fault::Record)?;
         self.ring_bytes += RECORD_HEADER + record.len();
         self.events.push_back(Event::from_bytes(&record));
-        Ok(())
+        Ok(0)
     }
 
     /// Takes the oldest event.
@@ -395,49 +402,131 @@ impl Memory {
     }
 }
 
-/// Where a key lies.
-pub(super) trait Key {
-    /// Reads the key's bytes.
-    fn read<const N: usize>(&self, memory: &Memory) -> Result<[u8; N], Fault>;
-}
-
-/// At an address.
-pub(super) struct At<'a> {
-    pub(super) packet: &'a [u8],
-    pub(super) address: u64,
-}
-
-/// In a stack frame.
-pub(super) struct InFrame {
-    pub(super) frame: usize,
-    pub(super) at: u16,
-}
-
-impl Key for At<'_> {
-    #[inline(always)]
-    fn read<const N: usize>(&self, memory: &Memory) -> Result<[u8; N], Fault> {
-        memory.load(self.packet, self.address)
-    }
-}
-
-impl Key for InFrame {
-    #[inline(always)]
-    fn read<const N: usize>(&self, memory: &Memory) -> Result<[u8; N], Fault> {
-        if usize::from(self.at) + N > FRAME {
-            return Err(Fault::Load {
-                address: STACK + (self.frame + usize::from(self.at)) as u64,
-                size: N,
-            });
-        }
-        Ok(memory.read_frame(self.frame, self.at))
-    }
-}
-
 /// Maps whose latest key is kept: counters by reason, and by rule.
 const WATCHED: [u64; 2] = [index::REASONS as u64, index::RULES as u64];
 
-#[inline]
+#[inline(always)]
 fn part<const N: usize>(bytes: &[u8], address: u64) -> Option<[u8; N]> {
     let at = (address & REGION_MASK) as usize;
     bytes.get(at..).and_then(|bytes| bytes.first_chunk()).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::object::{OBJECT, Program};
+
+    fn memory() -> Memory {
+        Memory::new(&Program::parse(OBJECT).expect("the object is sound").maps).expect("its maps are known")
+    }
+
+    #[test]
+    fn nothing_outside_of_the_packet_can_be_read_and_nothing_in_it_written() {
+        let mut memory = memory();
+        let packet = [7; 60];
+        memory.enter(&packet, 1);
+        assert_eq!(memory.load(&packet, PACKET + 56), Ok([7; 4]));
+        for address in [PACKET - 1, PACKET + 57, PACKET + 60, u64::MAX] {
+            assert_eq!(
+                memory.load::<4>(&packet, address),
+                Err(Fault::Load { address, size: 4 })
+            );
+        }
+        assert_eq!(
+            memory.store(PACKET, [0]),
+            Err(Fault::Store {
+                address: PACKET,
+                size: 1
+            })
+        );
+        assert_eq!(
+            memory.store(CONTEXT, [0]),
+            Err(Fault::Store {
+                address: CONTEXT,
+                size: 1
+            })
+        );
+    }
+
+    #[test]
+    fn stack_and_map_values_end_where_they_end() {
+        let mut memory = memory();
+        let bottom = Memory::frame_pointer(MAX_FRAMES - 1);
+        assert_eq!(memory.store(bottom - 8, [1; 8]), Ok(()));
+        assert_eq!(memory.load(&[], bottom - 8), Ok([1; 8]));
+        assert_eq!(
+            memory.store(bottom - 4, [1; 8]),
+            Err(Fault::Store {
+                address: bottom - 4,
+                size: 8
+            })
+        );
+        assert_eq!(memory.store(STACK, [0; 4]), Ok(()), "key 0");
+        let value = memory
+            .lookup(&[], Memory::handle(index::ACTIVE as u32), STACK)
+            .expect("it has a key 0");
+        assert_eq!(memory.load(&[], value), Ok([0; 4]));
+        assert_eq!(
+            memory.load::<8>(&[], value),
+            Err(Fault::Load {
+                address: value,
+                size: 8
+            })
+        );
+    }
+
+    #[test]
+    fn only_maps_are_looked_up_in() {
+        let mut memory = memory();
+        for handle in [0, 5, Memory::handle(999), HANDLE | 1 << 32, u64::MAX] {
+            assert_eq!(memory.lookup(&[], handle, STACK), Err(Fault::NoMap { handle }));
+        }
+        let key = 3;
+        let reasons = Memory::handle(index::REASONS as u32);
+        assert_eq!(
+            memory.lookup(&[], reasons, key),
+            Err(Fault::Load {
+                address: key,
+                size: 4
+            })
+        );
+    }
+
+    #[test]
+    fn a_record_is_reserved_once_and_submitted_once() {
+        let mut memory = memory();
+        let (ring, size) = (Memory::handle(8), size_of::<Event>() as u64);
+        assert_eq!(memory.reserve(ring, size + 8), Err(Fault::Record));
+        assert_eq!(memory.reserve(Memory::handle(0), size), Err(Fault::Record));
+        assert_eq!(memory.submit(RECORD), Err(Fault::Record));
+        assert_eq!(memory.reserve(ring, size), Ok(RECORD));
+        assert_eq!(memory.reserve(ring, size), Err(Fault::Record));
+        assert!(memory.has_open_record());
+        assert_eq!(
+            memory.store(RECORD + size - 4, [0; 8]),
+            Err(Fault::Store {
+                address: RECORD + size - 4,
+                size: 8
+            })
+        );
+        assert_eq!(memory.submit(RECORD), Ok(0));
+        assert_eq!(
+            memory.load::<4>(&[], RECORD),
+            Err(Fault::Load {
+                address: RECORD,
+                size: 4
+            })
+        );
+        assert!(memory.pop_event().is_some());
+    }
+
+    #[test]
+    fn loops_come_to_an_end() {
+        let mut memory = memory();
+        memory.enter(&[], 1);
+        let rounds = std::iter::repeat_with(|| memory.spend())
+            .take_while(Result::is_ok)
+            .count();
+        assert_eq!(rounds, FUEL as usize);
+    }
 }

@@ -1,17 +1,15 @@
-//! The program in an interpreter: no kernel, no root, no unsafe code, the same on every machine.
+//! The program in a virtual machine: no kernel, no root, no unsafe code, the same on every machine.
 //!
-//! Addresses are made up and every access is checked, so that what the kernel's verifier proves is tested here
-//! packet by packet: what it would not allow is a [`Fault`].
+//! The committed bytecode is translated to Rust instruction by instruction when this crate is built, and runs at the
+//! speed of compiled code. Addresses are made up and every access is checked, so that what the kernel's verifier
+//! proves is tested here packet by packet: what it would not allow is a [`Fault`].
 #![forbid(unsafe_code)]
 
-mod code;
-mod interpret;
+mod bytecode;
 mod memory;
 
 use tungate_bpf_abi::{Count, Event, Key6, REASONS, Reason, Settings};
 
-use self::code::{Op, decode};
-use self::interpret::execute;
 use self::memory::Memory;
 use crate::backend::{Action, Backend, Outcome, Sampling};
 use crate::error::Error;
@@ -19,7 +17,7 @@ use crate::object::{OBJECT, Program, index};
 use crate::prefilter::Prefilter;
 use crate::tables::{Image, Patch};
 
-/// The pre-filter in the interpreter.
+/// The pre-filter in the virtual machine.
 pub type Vm = Prefilter<Machine>;
 
 /// What the program must not do.
@@ -50,15 +48,9 @@ pub enum Fault {
     /// A ring buffer record of the wrong size, submitted without being reserved, or the other way round.
     #[error("it mishandles a ring buffer record")]
     Record,
-    /// Calls nested too deep.
-    #[error("its calls are nested too deep")]
-    CallDepth,
     /// Too many loops.
     #[error("it does not come to an end")]
     Fuel,
-    /// Running past the last instruction.
-    #[error("it runs past its last instruction")]
-    End,
     /// An action other than PASS and DROP, or one that contradicts the reason that was counted.
     #[error("it ends with action {action}, which does not go with what it counted")]
     Action {
@@ -73,10 +65,9 @@ pub enum Fault {
     },
 }
 
-/// The interpreter, with the maps.
+/// The program with its maps.
 #[derive(Debug, Clone)]
 pub struct Machine {
-    code: Vec<Op>,
     memory: Memory,
     sampling: Sampling,
     /// First rule's counter and number of counters, by slot.
@@ -91,21 +82,20 @@ impl Prefilter<Machine> {
     /// # Errors
     ///
     /// [`Error::Object`] if the committed object cannot be used, which a build that passes its tests rules out.
-    pub fn interpreted(sampling: Sampling) -> Result<Self, Error> {
-        Self::new(Machine::new(OBJECT, sampling)?)
+    pub fn simulated(sampling: Sampling) -> Result<Self, Error> {
+        Self::new(Machine::new(sampling)?)
     }
 }
 
 impl Machine {
-    /// Loads an object; frames come in on interface 1.
+    /// Lays out the program's maps; frames come in on interface 1.
     ///
     /// # Errors
     ///
-    /// [`Error::Object`] for anything but a build of this program.
-    pub fn new(object: &[u8], sampling: Sampling) -> Result<Self, Error> {
-        let program = Program::parse(object)?;
+    /// [`Error::Object`], as for [`Prefilter::simulated`].
+    pub fn new(sampling: Sampling) -> Result<Self, Error> {
+        let program = Program::parse(OBJECT)?;
         Ok(Self {
-            code: decode(&program.code, program.maps.len())?,
             memory: Memory::new(&program.maps)?,
             sampling,
             counters: [(0, 0); 2],
@@ -221,7 +211,7 @@ impl Backend for Machine {
             return Err(Fault::FrameLength { length: frame.len() }.into());
         }
         let context = self.memory.enter(frame, self.interface);
-        let action = execute(&self.code, &mut self.memory, frame, context)?;
+        let action = bytecode::run(&mut self.memory, frame, context)?;
         if self.memory.has_open_record() {
             return Err(Fault::Record.into());
         }
