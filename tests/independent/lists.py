@@ -16,7 +16,7 @@ import subprocess
 import sys
 
 FIELDS = ["frame.number", "frame.protocols", "ip.src", "ip.dst", "ip.proto", "ip.frag_offset", "ipv6.src", "ipv6.dst",
-          "tcp.dstport", "udp.dstport"]
+          "tcp.dstport", "udp.dstport", "ip.bogus_ip_length"]
 NUMBERS = {"tcp": {6}, "udp": {17}, "icmp": {1, 58}, "any": None}
 PROTOCOL_NAMES = {"tcp": 6, "udp": 17, "icmp": 1, "icmpv6": 58, "sctp": 132, "gre": 47, "ipv6": 41, "ip": 4}
 
@@ -74,9 +74,15 @@ def packets_by_tshark(capture):
     for field in FIELDS:
         command += ["-e", field]
     output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    if not output:
+        sys.exit(f"{capture}: tshark reads nothing")
     packets = {}
     for line in output.splitlines():
         row = dict(zip(FIELDS, line.split("\t")))
+        if row["ip.bogus_ip_length"]:
+            # The header promises more than was sent: every host discards such a packet, and no list is asked.
+            packets[int(row["frame.number"])] = None
+            continue
         protocols = row["frame.protocols"].split(":")
         source, destination = row["ip.src"], row["ip.dst"]
         if "ip" in protocols and ("ipv6" not in protocols or protocols.index("ip") < protocols.index("ipv6")):
@@ -117,7 +123,8 @@ def main():
             if record["number"] not in seen:
                 unseen += 1
                 continue
-            expected = judge(entries, *seen[record["number"]])
+            fields = seen[record["number"]]
+            expected = fields and judge(entries, *fields)
             reason = record["reason"] or ""
             found = (reason, record["rule"]) if record["verdict"] == "drop" and reason.startswith("list") else None
             drops += expected is not None
