@@ -127,6 +127,40 @@ impl<B: Backend> Prefilter<B> {
         })
     }
 
+    /// Goes on where another process has left off: with what a backend that it pinned holds, with `generation`, the
+    /// lists as it applied them, and counts by position in these. [`Self::apply`] is the only way to change them then.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TooManyEntries`].
+    pub fn resume(
+        backend: B,
+        generation: u32,
+        lists: &[ListEntry],
+        counts: impl IntoIterator<Item = (RuleRef, Count)>,
+    ) -> Result<Self, Error> {
+        let by_rule = |(rule, count)| match rule {
+            RuleRef::List(position) => Some((position, count)),
+            RuleRef::Rule(_) | RuleRef::Default => None,
+        };
+        Ok(Self {
+            backend,
+            tables: Tables::new(lists, 0)?,
+            generation,
+            carried: counts.into_iter().filter_map(by_rule).collect(),
+            events: Default::default(),
+        })
+    }
+
+    /// Counts by position from before the lists were last replaced, which the backend does not hold; for
+    /// [`Self::resume`].
+    pub fn carried(&self) -> impl Iterator<Item = (RuleRef, Count)> {
+        let position = |&rule: &u32| self.tables.position(rule).map(RuleRef::List);
+        self.carried
+            .iter()
+            .filter_map(move |(rule, &count)| Some((position(rule)?, count)))
+    }
+
     /// Replaces all lists by those of `policy`, leaving out entries that have expired by `now`, in seconds since
     /// the Unix epoch. Packets meet either the old lists or the new ones.
     ///

@@ -264,72 +264,87 @@ fn a_crash_leaves_nothing_attached() {
 }
 
 #[test]
-fn a_pinned_program_outlives_a_crash_and_is_taken_over_or_removed() {
+fn a_pinned_program_outlives_its_loader_and_is_opened_changed_and_removed() {
     on_a_wire(|| {
-        let Some(mut prefilter) = loaded() else { return };
-        let folder = std::env::temp_dir().join(format!("tungate-pin-{}", std::process::id()));
-        let crash = || {
-            let mut holder = hold(&[("TUNGATE_TEST_PIN", folder.to_str().expect("a plain path"))]);
-            holder.kill().expect("it runs");
-            holder.wait().expect("it ends");
-            assert!(has_program("far"));
-            assert_eq!(kernel::pinned(&folder).expect("the folder can be read"), ["far"]);
-        };
-
+        if loaded().is_none() {
+            return;
+        }
+        let root = std::env::temp_dir().join(format!("tungate-pin-{}", std::process::id()));
+        let folder = root.join("far");
         // The holder mounts the file system where the next loader does not see it, so it is mounted before.
-        fs::create_dir(&folder).expect("the folder is new");
-        run(&format!("mount -t bpf bpf {}", folder.display()));
+        fs::create_dir(&root).expect("the folder is new");
+        run(&format!("mount -t bpf bpf {}", root.display()));
+        let mut holder = hold(&[("TUNGATE_TEST_PIN", folder.to_str().expect("a plain path"))]);
+        holder.kill().expect("it runs");
+        holder.wait().expect("it ends");
+        assert!(has_program("far"));
 
-        crash();
-        apply(&mut prefilter, vec![deny("192.0.2.0/24")]);
-        let backend = prefilter.backend_mut();
-        let attached = backend
-            .take_over("far", &folder)
-            .expect("it can be taken over")
-            .expect("it is there");
-        assert_eq!(attached.mode, Mode::Native);
+        let open = || Kernel::open("far", &folder).expect("nothing is in the way");
         let (near, far) = (Tap::open("near"), Tap::open("far"));
-        near.send(&datagram([192, 0, 2, 1], 1));
-        near.send(&datagram([203, 0, 113, 1], 2));
-        let passed = far.receive().expect("one of the two passes");
-        assert_eq!(source(&passed), Some([203, 0, 113, 1]));
-        prefilter.backend_mut().detach().expect("it can go");
-        assert!(!has_program("far"));
-        assert!(
-            kernel::pinned(&folder)
-                .expect("the folder can be read")
-                .is_empty()
-        );
+        let mut number = 0;
+        let mut passes = |addresses: [u8; 4]| {
+            number += 1;
+            near.send(&datagram(addresses, number));
+            near.send(&datagram([203, 0, 113, 1], number));
+            let passed = far.receive().expect("the second passes");
+            if source(&passed) == Some([203, 0, 113, 1]) {
+                return false;
+            }
+            far.receive().expect("the second passes as well");
+            true
+        };
+        assert!(passes([192, 0, 2, 1]));
 
-        crash();
-        assert!(kernel::remove_pinned(&folder, "far").expect("the file can be removed"));
+        let lists = [deny("192.0.2.0/24"), deny("198.51.100.0/24")];
+        let mut prefilter = Prefilter::resume(open().expect("it is pinned"), 0, &[], []).expect("it fits");
+        assert_eq!(prefilter.backend().attached().expect("it is").mode, Mode::Native);
+        apply(&mut prefilter, lists.to_vec());
+        drop(prefilter);
+        assert!(!passes([192, 0, 2, 1]));
+        assert!(!passes([198, 51, 100, 1]));
+
+        let kernel = open().expect("it is pinned");
+        let generation = kernel.generation();
+        let mut prefilter = Prefilter::resume(kernel, generation, &lists, []).expect("it fits");
+        apply(&mut prefilter, vec![deny("198.51.100.0/24")]);
+        assert!(passes([192, 0, 2, 1]));
+        assert!(!passes([198, 51, 100, 1]));
+        let counted = prefilter.counters().expect("counters can be read").rules;
+        let [(RuleRef::List(0), count)] = counted[..] else {
+            panic!("{counted:?}")
+        };
+        assert_eq!(count.packets, 2, "one by each loader's lists");
+        drop(prefilter);
+
+        assert!(kernel::remove_pinned(&folder).expect("the files can be removed"));
         assert!(loses_program("far"));
-        let gone = prefilter
-            .backend_mut()
-            .take_over("far", &folder)
-            .expect("nothing is in the way");
-        assert!(gone.is_none());
-        run(&format!("umount {}", folder.display()));
-        fs::remove_dir(&folder).expect("it is empty");
+        assert!(!kernel::remove_pinned(&folder).expect("nothing is in the way"));
+        assert!(open().is_none());
+        run(&format!("umount {}", root.display()));
+        fs::remove_dir(&root).expect("it is empty");
     });
 }
 
 #[test]
-fn a_bpf_file_system_is_mounted_where_there_is_none() {
+fn what_is_pinned_for_an_interface_that_is_gone_is_not_opened() {
     on_a_wire(|| {
         let Some(mut prefilter) = loaded() else { return };
-        let folder = std::env::temp_dir().join(format!("tungate-bpffs-{}", std::process::id()));
-        prefilter
-            .backend_mut()
-            .attach("far", Wanted::Best)
-            .expect("a veth takes it");
-        prefilter.backend_mut().pin(&folder).expect("root may mount");
+        let root = std::env::temp_dir().join(format!("tungate-bpffs-{}", std::process::id()));
+        let folder = root.join("far");
+        let backend = prefilter.backend_mut();
+        backend.attach("far", Wanted::Best).expect("a veth takes it");
+        backend.pin(&folder).expect("root may mount");
         drop(prefilter);
         assert!(has_program("far"));
-        assert!(kernel::remove_pinned(&folder, "far").expect("the file can be removed"));
-        assert!(loses_program("far"));
-        run(&format!("umount {}", folder.display()));
-        fs::remove_dir(&folder).expect("it is empty");
+        run("ip link delete far");
+        assert!(
+            Kernel::open("far", &folder)
+                .expect("nothing is in the way")
+                .is_none()
+        );
+        assert!(kernel::remove_pinned(&folder).expect("the files can be removed"));
+        run(&format!("umount {}", root.display()));
+        fs::remove_dir(&root).expect("it is empty");
     });
 }
 

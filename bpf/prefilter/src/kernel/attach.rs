@@ -11,15 +11,16 @@
 use std::fmt;
 use std::fs;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::Path;
 
 use aya::programs::links::{FdLink, LinkError, PinnedLink};
-use aya::programs::xdp::XdpLink;
 use aya::programs::{ProgramError, Xdp, XdpMode};
 use rustix::fs::statfs;
 use rustix::mount::{MountFlags, mount};
 
 use super::error::KernelError;
+use super::sys;
 
 /// Which mode is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -160,125 +161,82 @@ fn explain(interface: &str, error: &io::Error) -> String {
     }
 }
 
-/// Pins a link, so that it stays when this process ends. The folder is made, and a BPF file system mounted on it,
-/// where need be.
-pub(super) fn pin(link: FdLink, attached: &Attached, folder: &Path) -> Result<PinnedLink, KernelError> {
-    mount_bpf_fs(folder)?;
-    let path = folder.join(pin_name(attached.mode, &attached.interface));
-    let action = || format!("cannot pin {}", path.display());
-    // What is there was left by a loader that is gone: this interface's link is the one at hand.
-    match fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(KernelError::new(action(), error));
-        }
-        Ok(()) | Err(_) => {}
-    }
-    link.pin(&path)
-        .map_err(|error| KernelError::new(action(), io::Error::other(error)))
+/// Makes sure that `folder` is in a BPF file system: one is mounted on its parent where there is none. The folder
+/// itself is made.
+pub(super) fn make_folder(folder: &Path) -> Result<(), KernelError> {
+    let root = folder.parent().unwrap_or(folder);
+    mount_bpf_fs(root)?;
+    fs::create_dir_all(folder)
+        .map_err(|error| KernelError::new(format!("cannot make {}", folder.display()), error))
 }
 
-/// Finds the link that an earlier loader pinned for `interface`, and hands it to `program` without a gap. `None`
-/// if there is none, or if its interface is gone.
-pub(super) fn take_over(
-    program: &mut Xdp,
-    interface: &str,
-    folder: &Path,
-) -> Result<Option<(Attached, PinnedLink)>, KernelError> {
+/// Pins a link in `folder`, by a name that tells the mode: the kernel does not tell it of a link.
+pub(super) fn pin(link: FdLink, mode: Mode, folder: &Path) -> Result<PinnedLink, KernelError> {
+    let path = folder.join(mode.pin_name());
+    link.pin(&path)
+        .map_err(|error| KernelError::new(format!("cannot pin {}", path.display()), io::Error::other(error)))
+}
+
+/// Opens the link pinned in `folder`. `None` if there is none, or if its interface is gone.
+pub(super) fn open(folder: &Path) -> Result<Option<(Mode, u32, PinnedLink)>, KernelError> {
     for mode in [Mode::Native, Mode::Generic] {
-        let path = folder.join(pin_name(mode, interface));
-        if !path.exists() {
-            continue;
+        let path = folder.join(mode.pin_name());
+        let action = || format!("cannot open {}", path.display());
+        match fs::metadata(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(KernelError::new(action(), error)),
+            Ok(_) => {}
         }
-        let action = || format!("cannot take {} over", path.display());
-        let failed = |error| KernelError::new(action(), io::Error::other(error));
-        let pinned = PinnedLink::from_pin(&path).map_err(|error| match error {
+        let link = PinnedLink::from_pin(&path).map_err(|error| match error {
             LinkError::SyscallError(error) => KernelError::new(action(), error.io_error),
-            other => failed(other.to_string()),
+            other => KernelError::new(action(), io::Error::other(other.to_string())),
         })?;
-        let link = XdpLink::try_from(FdLink::from(pinned)).map_err(|error| failed(error.to_string()))?;
-        match program.attach_to_link(link) {
-            // The new owner's descriptor is let go of: the file keeps the link.
-            Ok(id) => drop(program.take_link(id)),
-            Err(ProgramError::SyscallError(error))
-                if error.io_error.raw_os_error() == Some(libc::ENOLINK) =>
-            {
-                fs::remove_file(&path).map_err(|error| KernelError::new(action(), error))?;
-                return Ok(None);
-            }
-            Err(error) => return Err(KernelError::program(&action(), error)),
-        }
-        let pinned = PinnedLink::from_pin(&path).map_err(|error| failed(error.to_string()))?;
-        let why =
-            Some("it was so when the program was attached".to_owned()).filter(|_| mode == Mode::Generic);
-        return Ok(Some((
-            Attached {
-                interface: interface.to_owned(),
-                mode,
-                why,
-            },
-            pinned,
-        )));
+        // A second descriptor, to ask by: that of a pinned link is not to be had.
+        let asked = sys::open_pinned(&path).map_err(|error| KernelError::new(action(), error))?;
+        let index = sys::link_interface(asked.as_fd()).map_err(|error| KernelError::new(action(), error))?;
+        return Ok((index != 0).then_some((mode, index, link)));
     }
     Ok(None)
 }
 
-/// Interfaces that have a link pinned in `folder`, in the order of their names.
-///
-/// # Errors
-///
-/// [`KernelError::Io`] if the folder cannot be read; one that is not there is empty.
-pub fn pinned(folder: &Path) -> Result<Vec<String>, KernelError> {
-    let failed = |error| KernelError::new(format!("cannot read {}", folder.display()), error);
-    let entries = match fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(failed(error)),
-    };
-    let mut interfaces = Vec::new();
-    for entry in entries {
-        let name = entry.map_err(failed)?.file_name();
-        let Some(name) = name.to_str() else { continue };
-        let prefixes = [Mode::Native, Mode::Generic].map(|mode| pin_name(mode, ""));
-        interfaces.extend(
-            prefixes
-                .iter()
-                .find_map(|prefix| name.strip_prefix(prefix.as_str()))
-                .map(str::to_owned),
-        );
-    }
-    interfaces.sort_unstable();
-    Ok(interfaces)
-}
-
-/// Removes the link that is pinned in `folder` for `interface`, and with it, in a moment, the program,
-/// unless a process holds it. Returns whether there was one.
+/// Removes what [`Kernel::pin`](super::Kernel::pin) put into `folder`, the link first, and the folder. Unless a
+/// process holds the link, the kernel detaches the program in a moment. Returns whether there was anything.
 ///
 /// # Errors
 ///
 /// [`KernelError::NotPermitted`] and [`KernelError::Io`].
-pub fn remove_pinned(folder: &Path, interface: &str) -> Result<bool, KernelError> {
-    let mut was_there = false;
+pub fn remove_pinned(folder: &Path) -> Result<bool, KernelError> {
+    let failed = |path: &Path, error| KernelError::new(format!("cannot remove {}", path.display()), error);
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(failed(folder, error)),
+    };
     for mode in [Mode::Native, Mode::Generic] {
-        let path = folder.join(pin_name(mode, interface));
+        let path = folder.join(mode.pin_name());
         match fs::remove_file(&path) {
-            Ok(()) => was_there = true,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => {
-                return Err(KernelError::new(
-                    format!("cannot remove {}", path.display()),
-                    error,
-                ));
-            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(&path, error)),
+            Ok(()) | Err(_) => {}
         }
     }
-    Ok(was_there)
+    for entry in entries.flatten() {
+        match fs::remove_file(entry.path()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(failed(&entry.path(), error));
+            }
+            Ok(()) | Err(_) => {}
+        }
+    }
+    fs::remove_dir(folder).map_err(|error| failed(folder, error))?;
+    Ok(true)
 }
 
-/// Names the mode too: the kernel does not tell it of a link.
-fn pin_name(mode: Mode, interface: &str) -> String {
-    match mode {
-        Mode::Native => format!("native-{interface}"),
-        Mode::Generic => format!("generic-{interface}"),
+impl Mode {
+    fn pin_name(self) -> &'static str {
+        match self {
+            Self::Native => "link-native",
+            Self::Generic => "link-generic",
+        }
     }
 }
 

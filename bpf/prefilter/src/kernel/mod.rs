@@ -12,18 +12,19 @@ mod sys;
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
 
-use aya::maps::{ArrayOfMaps, Map, MapData, RingBuf};
+use aya::maps::{Map, MapData, MapError, RingBuf};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::{TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader};
 use aya_obj::generated::bpf_map_type;
+use aya_obj::programs::XdpAttachType;
 use rustix::process::{Resource, Rlimit, setrlimit};
 use tungate_bpf_abi::{Cell, Count, Event, Group, Key4, Key6, REASONS, Reason, SLOTS, Settings, map};
 
-pub use self::attach::{Attached, Mode, Wanted, pinned, remove_pinned};
+pub use self::attach::{Attached, Mode, Wanted, remove_pinned};
 pub use self::error::KernelError;
 use crate::backend::{Action, Backend, Outcome, Sampling};
 use crate::error::Error;
@@ -61,11 +62,11 @@ impl Default for Options {
 
 /// The program, loaded into the kernel with its maps. Dropping it detaches it, unless it has been pinned.
 pub struct Kernel {
-    ebpf: Ebpf,
+    program: Program,
     maps: Maps,
     /// Inner maps by slot and [`Part`].
     slots: [[Inner; PARTS.len()]; SLOTS],
-    active: u32,
+    generation: u32,
     options: Options,
     link: Option<(Attached, Link)>,
     local: Vec<Key6>,
@@ -73,6 +74,14 @@ pub struct Kernel {
     is_dirty: bool,
     /// Events of single runs.
     events: VecDeque<Event>,
+}
+
+/// Where the program comes from.
+enum Program {
+    /// This process has loaded it.
+    Loaded(Box<Ebpf>),
+    /// Another one has.
+    Pinned(Xdp),
 }
 
 /// What keeps the program attached.
@@ -97,8 +106,8 @@ impl fmt::Debug for Kernel {
 struct Maps {
     active: MapData,
     settings: MapData,
-    /// What the slots hold, by [`Part`].
-    parts: [ArrayOfMaps<MapData, MapData>; PARTS.len()],
+    /// What the slots hold, by [`Part`]: arrays of maps.
+    parts: [MapData; PARTS.len()],
     local: MapData,
     reasons: MapData,
     rules: MapData,
@@ -154,11 +163,12 @@ impl Kernel {
             .map_max_entries(map::RULES, counters)
             .load(OBJECT)
             .map_err(KernelError::loading)?;
-        let program = program(&mut ebpf);
+        let maps = Maps::take(&mut ebpf)?;
+        let mut program = Program::Loaded(Box::new(ebpf));
         program
+            .xdp()
             .load()
             .map_err(|error| KernelError::program("cannot load the XDP program", error))?;
-        let maps = Maps::take(&mut ebpf)?;
         let empty = || -> Result<_, KernelError> {
             Ok([
                 Inner::empty(Part::Groups4)?,
@@ -168,10 +178,10 @@ impl Kernel {
         };
         let slots = [empty()?, empty()?];
         let mut kernel = Self {
-            ebpf,
+            program,
             maps,
             slots,
-            active: 0,
+            generation: 0,
             options,
             link: None,
             local: Vec::new(),
@@ -194,42 +204,108 @@ impl Kernel {
     /// [`KernelError`] with the reason of each mode that was tried.
     pub fn attach(&mut self, interface: &str, wanted: Wanted) -> Result<&Attached, KernelError> {
         self.link = None;
-        let (attached, link) = attach::attach(program(&mut self.ebpf), interface, wanted)?;
+        let (attached, link) = attach::attach(self.program.xdp(), interface, wanted)?;
         Ok(&self.link.insert((attached, Link::Held(link))).0)
     }
 
-    /// Takes the place of the program on a link that an earlier loader has pinned in `folder`, without a moment in
-    /// which packets go unfiltered. `None` if there is no such link, or if its interface is gone.
-    ///
-    /// # Errors
-    ///
-    /// [`KernelError`] where the kernel will not.
-    pub fn take_over(&mut self, interface: &str, folder: &Path) -> Result<Option<&Attached>, KernelError> {
-        let found = attach::take_over(program(&mut self.ebpf), interface, folder)?;
-        let Some((attached, link)) = found else {
-            return Ok(None);
-        };
-        Ok(Some(&self.link.insert((attached, Link::Pinned(link))).0))
-    }
-
-    /// Pins the link in `folder`, so that the program stays attached when this process ends. A BPF file system is
-    /// mounted there if it is not in one.
+    /// Pins the program, its maps and the link in `folder`, so that it stays attached when this process ends, and
+    /// [`Self::open`] finds it. The folder, which is this interface's alone, is made; a BPF file system is mounted on
+    /// its parent where there is none. Dots in names are not for BPF file systems.
     ///
     /// # Errors
     ///
     /// [`KernelError::NoBpfFs`] and others; then, and where nothing is attached, nothing is pinned.
     pub fn pin(&mut self, folder: &Path) -> Result<(), KernelError> {
-        self.link = match self.link.take() {
-            Some((attached, Link::Held(link))) => {
-                let pinned = attach::pin(link, &attached, folder)?;
-                Some((attached, Link::Pinned(pinned)))
-            }
-            other => other,
+        let Some((attached, Link::Held(link))) = self.link.take_if(|(_, link)| matches!(link, Link::Held(_)))
+        else {
+            return Ok(());
         };
-        Ok(())
+        let pinned = (|| {
+            attach::make_folder(folder)?;
+            let pin = |name: &str, object: BorrowedFd<'_>| {
+                let path = folder.join(name);
+                sys::pin(object, &path)
+                    .map_err(|error| KernelError::new(format!("cannot pin {}", path.display()), error))
+            };
+            for (name, map) in self.maps.by_name() {
+                pin(name, map)?;
+            }
+            let program = self.program.xdp();
+            let program = program
+                .fd()
+                .map_err(|error| KernelError::program("cannot pin the program", error))?;
+            pin(PROGRAM, program.as_fd())?;
+            attach::pin(link, attached.mode, folder)
+        })();
+        match pinned {
+            Ok(link) => {
+                self.link = Some((attached, Link::Pinned(link)));
+                Ok(())
+            }
+            Err(error) => {
+                let _ = remove_pinned(folder); // what is wrong has been said
+                Err(error)
+            }
+        }
     }
 
-    /// Undoes [`Self::pin`]: the program is attached as long as this process holds it.
+    /// Opens what [`Self::pin`] has put into `folder`. `None` if there is nothing, or its interface is gone.
+    /// `interface` is its name.
+    ///
+    /// # Errors
+    ///
+    /// [`KernelError`] where the kernel will not.
+    pub fn open(interface: &str, folder: &Path) -> Result<Option<Self>, KernelError> {
+        let Some((mode, _, link)) = attach::open(folder)? else {
+            return Ok(None);
+        };
+        let program = Xdp::from_pin(folder.join(PROGRAM), XdpAttachType::Interface)
+            .map_err(|error| KernelError::program("cannot open the pinned program", error))?;
+        let maps = Maps::open(folder)?;
+        let counters = maps
+            .rules
+            .info()
+            .map_err(|error| KernelError::map("cannot ask for a map", error))?
+            .max_entries();
+        let mut active = [0; 4];
+        sys::lookup(maps.active.fd().as_fd(), &0u32.to_le_bytes(), &mut active)
+            .map_err(failed("cannot read the generation"))?;
+        let slot = |slot: u32| -> Result<_, KernelError> {
+            Ok([
+                Inner::of_slot(&maps, slot, Part::Groups4)?,
+                Inner::of_slot(&maps, slot, Part::Groups6)?,
+                Inner::of_slot(&maps, slot, Part::Cells)?,
+            ])
+        };
+        let slots = [slot(0)?, slot(1)?];
+        let why = Some("it was so when the program was attached".to_owned());
+        let attached = Attached {
+            interface: interface.to_owned(),
+            mode,
+            why: why.filter(|_| mode == Mode::Generic),
+        };
+        Ok(Some(Self {
+            program: Program::Pinned(program),
+            maps,
+            slots,
+            generation: u32::from_le_bytes(active),
+            options: Options {
+                sampling: Sampling::default(),
+                counted_rules: counters / SLOTS as u32,
+            },
+            link: Some((attached, Link::Pinned(link))),
+            local: Vec::new(),
+            is_dirty: true,
+            events: VecDeque::new(),
+        }))
+    }
+
+    /// The generation of the lists in use.
+    pub fn generation(&self) -> u32 {
+        self.generation
+    }
+
+    /// Undoes [`Self::pin`] of the link: the program is attached as long as this process holds it.
     ///
     /// # Errors
     ///
@@ -288,9 +364,9 @@ impl Kernel {
     /// Puts an inner map into place, and returns when nothing can read the one before.
     fn install(&mut self, slot: u32, inner: Inner) -> Result<(), KernelError> {
         let part = inner.part as usize;
-        self.maps.parts[part]
-            .set(slot, &inner.map, 0)
-            .map_err(|error| KernelError::map("cannot put a map into place", error))?;
+        self.maps
+            .set(slot, &inner)
+            .map_err(failed("cannot put a map into place"))?;
         self.slots[slot as usize][part] = inner;
         self.is_dirty = false;
         Ok(())
@@ -298,11 +374,11 @@ impl Kernel {
 
     /// Waits until no packet can be reading what was there before.
     fn wait(&mut self) -> Result<(), KernelError> {
-        let idle = self.active ^ 1;
+        let idle = (self.generation ^ 1) & 1;
         let [.., cells] = &self.slots[idle as usize];
-        self.maps.parts[Part::Cells as usize]
-            .set(idle, &cells.map, 0)
-            .map_err(|error| KernelError::map("cannot wait for packets", error))?;
+        self.maps
+            .set(idle, cells)
+            .map_err(failed("cannot wait for packets"))?;
         self.is_dirty = false;
         Ok(())
     }
@@ -402,8 +478,8 @@ impl Backend for Kernel {
         let map = self.maps.active.fd().as_fd();
         sys::update(map, &0u32.to_le_bytes(), &generation.to_le_bytes())
             .map_err(failed("cannot write the generation"))?;
-        self.active = generation & 1;
-        let idle = self.active ^ 1;
+        self.generation = generation;
+        let idle = (generation ^ 1) & 1;
         self.wait()?;
         for part in PARTS {
             if self.slots[idle as usize][part as usize].room > KEPT_ROOM {
@@ -497,7 +573,7 @@ impl Backend for Kernel {
             repeat: 1,
             ..TestRunOptions::default()
         };
-        let result = program(&mut self.ebpf).test_run(options);
+        let result = self.program.xdp().test_run(options);
         let result =
             result.map_err(
                 |error| match KernelError::program("cannot run the XDP program", error) {
@@ -532,30 +608,75 @@ const XDP_DROP: u32 = 1;
 /// Events of single runs that are kept: as many as the ring buffer would.
 const RING_EVENTS: usize = (tungate_bpf_abi::EVENTS_BYTES - 1) / (8 + size_of::<Event>());
 
+impl Program {
+    fn xdp(&mut self) -> &mut Xdp {
+        match self {
+            Self::Loaded(ebpf) => {
+                let program = ebpf
+                    .program_mut(PROGRAM)
+                    .expect("the object's program is checked by a test");
+                program.try_into().expect("it is in the section `xdp`")
+            }
+            Self::Pinned(program) => program,
+        }
+    }
+}
+
 impl Maps {
     fn take(ebpf: &mut Ebpf) -> Result<Self, KernelError> {
-        let mut take = |name: &str| {
-            ebpf.take_map(name)
-                .expect("the object's maps are checked by a test")
-        };
-        let plain = |map: Map| match map {
-            Map::Array(map) | Map::HashMap(map) | Map::PerCpuArray(map) => map,
+        Self::from(|name| {
+            Ok(ebpf
+                .take_map(name)
+                .expect("the object's maps are checked by a test"))
+        })
+    }
+
+    /// Opens maps that are pinned by their names.
+    fn open(folder: &Path) -> Result<Self, KernelError> {
+        Self::from(|name| MapData::from_pin(folder.join(name)).and_then(Map::from_map_data))
+    }
+
+    fn from(mut map: impl FnMut(&str) -> Result<Map, MapError>) -> Result<Self, KernelError> {
+        let failed = |error| KernelError::map("cannot open a map", error);
+        let mut plain = |name: &str| match map(name).map_err(failed)? {
+            Map::Array(map) | Map::HashMap(map) | Map::PerCpuArray(map) | Map::ArrayOfMaps(map) => Ok(map),
             other => unreachable!("the object's maps are checked by a test, and {other:?} is not among them"),
         };
-        let failed = |error| KernelError::map("cannot open a map", error);
         Ok(Self {
-            active: plain(take(map::ACTIVE)),
-            settings: plain(take(map::SETTINGS)),
-            parts: [
-                take(map::GROUPS4).try_into().map_err(failed)?,
-                take(map::GROUPS6).try_into().map_err(failed)?,
-                take(map::CELLS).try_into().map_err(failed)?,
-            ],
-            local: plain(take(map::LOCAL)),
-            reasons: plain(take(map::REASONS)),
-            rules: plain(take(map::RULES)),
-            events: take(map::EVENTS).try_into().map_err(failed)?,
+            active: plain(map::ACTIVE)?,
+            settings: plain(map::SETTINGS)?,
+            parts: [plain(map::GROUPS4)?, plain(map::GROUPS6)?, plain(map::CELLS)?],
+            local: plain(map::LOCAL)?,
+            reasons: plain(map::REASONS)?,
+            rules: plain(map::RULES)?,
+            events: map(map::EVENTS).and_then(RingBuf::try_from).map_err(failed)?,
         })
+    }
+
+    fn by_name(&self) -> [(&'static str, BorrowedFd<'_>); 9] {
+        let [groups4, groups6, cells] = &self.parts;
+        let plain = [
+            (map::ACTIVE, &self.active),
+            (map::SETTINGS, &self.settings),
+            (map::GROUPS4, groups4),
+            (map::GROUPS6, groups6),
+            (map::CELLS, cells),
+            (map::LOCAL, &self.local),
+            (map::REASONS, &self.reasons),
+            (map::RULES, &self.rules),
+        ];
+        let mut all = [(map::EVENTS, self.events.as_fd()); 9];
+        for (named, (name, map)) in all.iter_mut().zip(plain) {
+            *named = (name, map.fd().as_fd());
+        }
+        all
+    }
+
+    /// Puts an inner map into its slot.
+    fn set(&self, slot: u32, inner: &Inner) -> std::io::Result<()> {
+        let outer = self.parts[inner.part as usize].fd().as_fd();
+        let descriptor = inner.map.fd().as_fd().as_raw_fd();
+        sys::update(outer, &slot.to_le_bytes(), &descriptor.to_le_bytes())
     }
 }
 
@@ -584,6 +705,26 @@ impl Inner {
             Part::Groups6 => Self::new(part, groups6),
             Part::Cells => Self::new(part, cells),
         }
+    }
+
+    /// The map that is in `slot`, whatever it holds.
+    fn of_slot(maps: &Maps, slot: u32, part: Part) -> Result<Self, KernelError> {
+        let mut id = [0; 4];
+        sys::lookup(
+            maps.parts[part as usize].fd().as_fd(),
+            &slot.to_le_bytes(),
+            &mut id,
+        )
+        .map_err(failed("cannot read a slot"))?;
+        let opened =
+            MapData::from_id(u32::from_le_bytes(id)).and_then(|map| Ok((map.info()?.max_entries(), map)));
+        let (room, map) = opened.map_err(|error| KernelError::map("cannot open a slot's map", error))?;
+        Ok(Self {
+            map,
+            part,
+            room,
+            is_empty: false,
+        })
     }
 
     fn new(part: Part, room: u32) -> Result<Self, KernelError> {
@@ -615,13 +756,6 @@ impl Inner {
             is_empty: true,
         })
     }
-}
-
-fn program(ebpf: &mut Ebpf) -> &mut Xdp {
-    let program = ebpf
-        .program_mut(PROGRAM)
-        .expect("the object's program is checked by a test");
-    program.try_into().expect("it is in the section `xdp`")
 }
 
 fn failed(action: &'static str) -> impl Fn(std::io::Error) -> KernelError {

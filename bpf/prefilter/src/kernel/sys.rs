@@ -1,10 +1,13 @@
 //! The calls of bpf(2) on maps that aya has no typed interface for: whole batches, and values of inner maps.
 
+use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::OnceLock;
 
-use aya_obj::generated::{bpf_attr, bpf_cmd};
+use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info};
 
 /// Most elements handed over in one call, so that a call does not hold the CPU for long.
 const BATCH: usize = 1 << 16;
@@ -96,6 +99,44 @@ pub(super) fn lookup_array(
     Ok(values)
 }
 
+/// Pins a map or program.
+pub(super) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = zeroed();
+    // SAFETY: this is the member of the union that the command uses.
+    let pinned = unsafe { &mut attr.__bindgen_anon_4 };
+    pinned.pathname = path.as_ptr() as u64;
+    pinned.bpf_fd = object.as_raw_fd() as u32;
+    // SAFETY: the path ends with a zero byte.
+    unsafe { bpf(bpf_cmd::BPF_OBJ_PIN, &mut attr) }
+}
+
+/// Opens what is pinned at `path`.
+pub(super) fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = zeroed();
+    // SAFETY: this is the member of the union that the command uses.
+    unsafe { &mut attr.__bindgen_anon_4 }.pathname = path.as_ptr() as u64;
+    // SAFETY: the path ends with a zero byte.
+    let descriptor = unsafe { call(bpf_cmd::BPF_OBJ_GET, &mut attr) }?;
+    // SAFETY: the kernel has just made it, for nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor as i32) })
+}
+
+/// Index of the interface that an XDP link is on; 0 if that is gone.
+pub(super) fn link_interface(link: BorrowedFd<'_>) -> io::Result<u32> {
+    // SAFETY: plain numbers, which may all be zero.
+    let mut info: bpf_link_info = unsafe { std::mem::zeroed() };
+    let mut attr = zeroed();
+    attr.info.bpf_fd = link.as_raw_fd() as u32;
+    attr.info.info_len = size_of::<bpf_link_info>() as u32;
+    attr.info.info = &raw mut info as u64;
+    // SAFETY: there is as much room as is said.
+    unsafe { bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
+    // SAFETY: links that this crate pins are of XDP.
+    Ok(unsafe { info.__bindgen_anon_1.xdp.ifindex })
+}
+
 /// Number of CPUs a per-CPU map has values for.
 pub(super) fn possible_cpus() -> io::Result<usize> {
     static COUNT: OnceLock<usize> = OnceLock::new();
@@ -126,11 +167,19 @@ fn zeroed() -> bpf_attr {
 ///
 /// What `attr` points to must be valid for what `command` does with it.
 unsafe fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<()> {
+    // SAFETY: the caller's promise.
+    unsafe { call(command, attr) }.map(drop)
+}
+
+/// # Safety
+///
+/// As for [`bpf`].
+unsafe fn call(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<libc::c_long> {
     // SAFETY: `attr` is a whole attribute; what it points to is the caller's promise.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command as libc::c_int, attr, size_of::<bpf_attr>()) };
     if result < 0 {
         Err(io::Error::last_os_error())
     } else {
-        Ok(())
+        Ok(result)
     }
 }
