@@ -177,7 +177,7 @@ pub(super) fn pin(link: FdLink, mode: Mode, folder: &Path) -> Result<PinnedLink,
         .map_err(|error| KernelError::new(format!("cannot pin {}", path.display()), io::Error::other(error)))
 }
 
-/// Opens the link pinned in `folder`. `None` if there is none, or if its interface is gone.
+/// Opens the link pinned in `folder`. `None` if there is none, or if it is on no interface any more.
 pub(super) fn open(folder: &Path) -> Result<Option<(Mode, u32, PinnedLink)>, KernelError> {
     for mode in [Mode::Native, Mode::Generic] {
         let path = folder.join(mode.pin_name());
@@ -199,8 +199,17 @@ pub(super) fn open(folder: &Path) -> Result<Option<(Mode, u32, PinnedLink)>, Ker
     Ok(None)
 }
 
-/// Removes what [`Kernel::pin`](super::Kernel::pin) put into `folder`, the link first, and the folder. Unless a
-/// process holds the link, the kernel detaches the program in a moment. Returns whether there was anything.
+/// Whether [`Kernel::pin`](super::Kernel::pin) has put a link into `folder` that is still on an interface.
+///
+/// # Errors
+///
+/// [`KernelError::NotPermitted`] and [`KernelError::Io`].
+pub fn is_attached(folder: &Path) -> Result<bool, KernelError> {
+    open(folder).map(|link| link.is_some())
+}
+
+/// Takes the program whose link [`Kernel::pin`](super::Kernel::pin) has put into `folder` off its interface, and
+/// removes all that is in there, and the folder. Returns whether there was anything.
 ///
 /// # Errors
 ///
@@ -214,18 +223,20 @@ pub fn remove_pinned(folder: &Path) -> Result<bool, KernelError> {
     };
     for mode in [Mode::Native, Mode::Generic] {
         let path = folder.join(mode.pin_name());
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(&path, error)),
+        let link = match sys::open_pinned(&path) {
+            Ok(link) => link,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(failed(&path, error)),
+        };
+        match sys::detach(link.as_fd()) {
+            // It is on no interface any more.
+            Err(error) if error.raw_os_error() != Some(libc::ENOLINK) => return Err(failed(&path, error)),
             Ok(()) | Err(_) => {}
         }
     }
-    for entry in entries.flatten() {
-        match fs::remove_file(entry.path()) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(failed(&entry.path(), error));
-            }
-            Ok(()) | Err(_) => {}
-        }
+    for entry in entries {
+        let path = entry.map_err(|error| failed(folder, error))?.path();
+        fs::remove_file(&path).map_err(|error| failed(&path, error))?;
     }
     fs::remove_dir(folder).map_err(|error| failed(folder, error))?;
     Ok(true)

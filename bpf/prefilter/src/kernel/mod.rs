@@ -24,7 +24,7 @@ use aya_obj::programs::XdpAttachType;
 use rustix::process::{Resource, Rlimit, setrlimit};
 use tungate_bpf_abi::{Cell, Count, Event, Group, Key4, Key6, REASONS, Reason, SLOTS, Settings, map};
 
-pub use self::attach::{Attached, Mode, Wanted, remove_pinned};
+pub use self::attach::{Attached, Mode, Wanted, is_attached, remove_pinned};
 pub use self::error::KernelError;
 use crate::backend::{Action, Backend, Outcome, Sampling};
 use crate::error::Error;

@@ -123,6 +123,14 @@ pub(super) fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor as i32) })
 }
 
+/// Takes a link's program off its interface, whoever else holds the link.
+pub(super) fn detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = zeroed();
+    attr.link_detach.link_fd = link.as_raw_fd() as u32;
+    // SAFETY: nothing is pointed to.
+    unsafe { bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr) }
+}
+
 /// Index of the interface that an XDP link is on; 0 if that is gone.
 pub(super) fn link_interface(link: BorrowedFd<'_>) -> io::Result<u32> {
     // SAFETY: plain numbers, which may all be zero.
