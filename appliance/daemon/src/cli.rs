@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -22,6 +23,9 @@ pub(crate) enum Command {
     Exec(Exec),
     /// Shows what an appliance does with flows, in private namespaces; needs no root and no network
     Demo,
+    /// Drops packets by lists on a network card already, with or without an appliance
+    #[command(subcommand)]
+    Prefilter(Prefilter),
     /// Says whether a configuration is sound, and what is wrong with it
     Check(Check),
     /// Says what the policy does with a flow, and by which list entry or rule
@@ -31,6 +35,71 @@ pub(crate) enum Command {
     /// Relays for the process that started it
     #[command(hide = true)]
     Worker,
+}
+
+#[derive(Subcommand)]
+#[command(
+    after_help = "Exit codes: 0 done, 1 other failures, 2 wrong usage, 3 not permitted, 4 no such interface, \
+    5 an XDP program is there already, 6 not attached, 7 kernel or driver refuses, 8 no such entry"
+)]
+pub(crate) enum Prefilter {
+    /// Attaches the pre-filter with empty lists, and leaves it there: native XDP, or generic where the driver will not
+    Attach(PrefilterTarget),
+    /// Detaches it
+    Detach(PrefilterTarget),
+    /// Shows how it is attached, and its lists
+    Status {
+        /// All of this network namespace without one
+        interface: Option<String>,
+        /// List the entries, too
+        #[arg(long)]
+        entries: bool,
+        /// Write JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Adds a list entry, or gives one another time
+    Add {
+        interface: String,
+        /// How long it holds, as in 90s or `1h 30m`; without it until it is removed
+        #[arg(long, value_parser = humantime::parse_duration)]
+        ttl: Option<Duration>,
+        /// As in a list file, or a prefix alone to deny it: `192.0.2.0/24`, `deny 192.0.2.0/24 tcp 443`
+        #[arg(required = true, num_args = 1..)]
+        entry: Vec<String>,
+    },
+    /// Removes a list entry
+    Remove {
+        interface: String,
+        /// As it was added
+        #[arg(required = true, num_args = 1..)]
+        entry: Vec<String>,
+    },
+    /// Replaces the lists by those of a file, all at once
+    Load {
+        interface: String,
+        /// Lines of `deny|allow CIDR [tcp|udp|icmp|any] [PORT|LO-HI|any]`
+        file: PathBuf,
+    },
+    /// Shows what was dropped, by reason and by entry
+    Stats {
+        interface: String,
+        /// Again every second, with rates
+        #[arg(short, long)]
+        watch: bool,
+        /// Write JSON, with --watch one object per line
+        #[arg(long)]
+        json: bool,
+    },
+    /// Takes entries out when their time is over, until there is none with a time
+    #[command(hide = true)]
+    Expire(PrefilterTarget),
+}
+
+#[derive(Args)]
+pub(crate) struct PrefilterTarget {
+    /// Name of a network interface
+    pub(crate) interface: String,
 }
 
 #[derive(Args)]

@@ -3,6 +3,7 @@
 mod check;
 mod demo;
 mod exec;
+mod prefilter;
 mod run;
 mod why;
 
@@ -23,6 +24,7 @@ pub(crate) fn carry_out(arguments: Arguments) -> Result<ExitCode> {
         Command::Run(run) => run::run(&run),
         Command::Exec(exec) => exec::run(&exec),
         Command::Demo => demo::run(),
+        Command::Prefilter(command) => prefilter::run(&command),
         Command::Check(check) => check::run(&check),
         Command::Why(why) => why::run(&why),
         Command::Cleanup => run::clean_up(),

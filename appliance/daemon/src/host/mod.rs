@@ -161,7 +161,7 @@ pub(crate) fn has_ipv6() -> bool {
 }
 
 /// A number that names this network namespace, and no other as long as the system runs (Linux 5.14).
-fn namespace_cookie() -> io::Result<u64> {
+pub(crate) fn namespace_cookie() -> io::Result<u64> {
     let socket = UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?;
     let mut cookie = 0_u64;
     let mut len = size_of::<u64>() as libc::socklen_t;

@@ -81,7 +81,7 @@ enum Program {
     /// This process has loaded it.
     Loaded(Box<Ebpf>),
     /// Another one has.
-    Pinned(Xdp),
+    Pinned(Box<Xdp>),
 }
 
 /// What keeps the program attached.
@@ -285,7 +285,7 @@ impl Kernel {
             why: why.filter(|_| mode == Mode::Generic),
         };
         Ok(Some(Self {
-            program: Program::Pinned(program),
+            program: Program::Pinned(Box::new(program)),
             maps,
             slots,
             generation: u32::from_le_bytes(active),
