@@ -30,4 +30,5 @@ pub use engine::Engine;
 pub use event::{CloseReason, DropReason, Event};
 pub use io::{Input, Judgement, PacketIn, World, step};
 pub use policy::Policy;
+pub use tcp::recovery;
 pub use time::{Deadline, Timestamp, WakeReason};

@@ -29,6 +29,7 @@
 //! something unacknowledged. TIME-WAIT needs no stack: the flow remembers two sequence numbers for ten seconds.
 
 pub(crate) mod arena;
+pub mod recovery;
 pub(crate) mod segment;
 mod stack;
 
