@@ -2,6 +2,7 @@
 
 pub mod capture;
 pub mod cli;
+pub mod link;
 pub mod outcome;
 pub mod replay;
 pub mod report;
