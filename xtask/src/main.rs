@@ -37,6 +37,9 @@ enum Chore {
     /// Measures on this machine
     #[command(subcommand)]
     Bench(Bench),
+    /// One cell of `bench loss`, from standard input
+    #[command(hide = true)]
+    LossCell,
 }
 
 fn main() -> ExitCode {
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
         Chore::Test => test::run(&workspace),
         Chore::Soak(options) => soak::run(&workspace, &options),
         Chore::Bench(bench) => bench::run(&workspace, &bench),
+        Chore::LossCell => bench::loss::run_cell().map(|()| ExitCode::SUCCESS),
     });
     match done {
         Ok(code) => code,

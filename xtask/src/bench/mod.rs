@@ -5,6 +5,7 @@
 
 mod child;
 mod engine;
+pub(crate) mod loss;
 mod replay;
 
 use std::collections::BTreeMap;
@@ -24,6 +25,8 @@ pub(crate) enum Bench {
     Engine(Options),
     /// Packets per second and peak memory of `replay`, beside tshark and tcpdump on the same capture
     Replay(replay::Options),
+    /// Goodput, transfer times and fairness over paths that lose packets, beside the kernel's on the same paths
+    Loss(loss::Options),
 }
 
 #[derive(Args)]
@@ -37,6 +40,7 @@ pub(crate) fn run(workspace: &Workspace, bench: &Bench) -> Result<ExitCode> {
     match bench {
         Bench::Engine(options) => engine::run(workspace, options),
         Bench::Replay(options) => replay::run(workspace, options),
+        Bench::Loss(options) => loss::run(workspace, options),
     }?;
     Ok(ExitCode::SUCCESS)
 }
