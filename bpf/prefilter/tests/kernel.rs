@@ -20,7 +20,7 @@ fn kernel(sampling: Sampling) -> Option<Prefilter<Kernel>> {
     }) {
         Ok(kernel) => Some(kernel),
         Err(Error::Kernel(error @ (KernelError::NotPermitted { .. } | KernelError::TooOld { .. }))) => {
-            eprintln!("skipped: {error}");
+            println!("skipped: {error}");
             None
         }
         Err(error) => panic!("{error}"),

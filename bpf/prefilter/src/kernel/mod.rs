@@ -69,7 +69,8 @@ pub struct Kernel {
     generation: u32,
     options: Options,
     link: Option<(Attached, Link)>,
-    local: Vec<Key6>,
+    /// Keys of the host's own addresses.
+    local: Vec<[u8; size_of::<Key6>()]>,
     /// Whether an element's memory may be given to another while it is read.
     is_dirty: bool,
     /// Events of single runs.
@@ -278,6 +279,8 @@ impl Kernel {
             ])
         };
         let slots = [slot(0)?, slot(1)?];
+        let local =
+            sys::keys(maps.local.fd().as_fd()).map_err(failed("cannot read this host's addresses"))?;
         let why = Some("it was so when the program was attached".to_owned());
         let attached = Attached {
             interface: interface.to_owned(),
@@ -294,7 +297,7 @@ impl Kernel {
                 counted_rules: counters / SLOTS as u32,
             },
             link: Some((attached, Link::Pinned(link))),
-            local: Vec::new(),
+            local,
             is_dirty: true,
             events: VecDeque::new(),
         }))
@@ -518,14 +521,15 @@ impl Backend for Kernel {
 
     fn set_local(&mut self, addresses: &[Key6]) -> Result<(), Error> {
         let map = self.maps.local.fd().as_fd();
-        for key in addresses {
-            sys::update(map, &key.to_bytes(), &1u32.to_le_bytes())
+        let addresses: Vec<_> = addresses.iter().map(|key| key.to_bytes()).collect();
+        for key in &addresses {
+            sys::update(map, key, &1u32.to_le_bytes())
                 .map_err(failed("cannot note an address of this host"))?;
         }
         for key in self.local.iter().filter(|key| !addresses.contains(key)) {
-            sys::delete(map, &key.to_bytes()).map_err(failed("cannot forget an address of this host"))?;
+            sys::delete(map, key).map_err(failed("cannot forget an address of this host"))?;
         }
-        self.local = addresses.to_vec();
+        self.local = addresses;
         Ok(())
     }
 

@@ -32,6 +32,28 @@ pub(super) fn lookup(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::R
     element(bpf_cmd::BPF_MAP_LOOKUP_ELEM, map, key, value.as_mut_ptr())
 }
 
+/// All keys of a hash whose keys have `N` bytes, and which nobody else changes meanwhile.
+pub(super) fn keys<const N: usize>(map: BorrowedFd<'_>) -> io::Result<Vec<[u8; N]>> {
+    let mut keys = Vec::new();
+    let mut last: Option<[u8; N]> = None;
+    loop {
+        let mut next = [0; N];
+        let mut attr = zeroed();
+        // SAFETY: this is the member of the union that commands on elements use.
+        let element = unsafe { &mut attr.__bindgen_anon_2 };
+        element.map_fd = map.as_raw_fd() as u32;
+        element.key = last.as_ref().map_or(0, |key| key.as_ptr() as u64);
+        element.__bindgen_anon_1.next_key = next.as_mut_ptr() as u64;
+        // SAFETY: both keys have the size of the map's, as the caller says.
+        match unsafe { bpf(bpf_cmd::BPF_MAP_GET_NEXT_KEY, &mut attr) } {
+            Ok(()) => keys.push(next),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(keys),
+            Err(error) => return Err(error),
+        }
+        last = Some(next);
+    }
+}
+
 /// Inserts or replaces elements: `keys` and `values` hold them one after another.
 pub(super) fn update_batch(
     map: BorrowedFd<'_>,

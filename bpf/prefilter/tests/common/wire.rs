@@ -1,8 +1,10 @@
 //! A pair of virtual interfaces in network and mount namespaces of the test's own, and raw frames on them.
 
 use std::ffi::CString;
+use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
@@ -13,8 +15,15 @@ pub(crate) fn on_a_wire(test: impl FnOnce() + Send) {
     let result = thread::scope(|scope| {
         let run = || {
             if let Err(error) = unshare() {
-                eprintln!("skipped: cannot make namespaces: {error}");
+                println!("skipped: cannot make namespaces: {error}");
                 return;
+            }
+            // The kernel would send neighbour discovery and group reports whenever it likes.
+            for interfaces in ["all", "default"] {
+                let switch = format!("/proc/sys/net/ipv6/conf/{interfaces}/disable_ipv6");
+                if Path::new(&switch).exists() {
+                    fs::write(&switch, "1").expect("root may, in a namespace of its own");
+                }
             }
             run("ip link add near type veth peer name far");
             run("ip link set lo up");
@@ -119,9 +128,9 @@ impl Tap {
         }
     }
 
-    /// Waits for the next frame that came in, for two seconds at most.
+    /// Waits for the next frame that came in, much longer than it can take.
     pub(crate) fn receive(&self) -> Option<Vec<u8>> {
-        self.receive_within(Duration::from_secs(2))
+        self.receive_within(Duration::from_secs(30))
     }
 
     /// Waits for the next frame that came in.
