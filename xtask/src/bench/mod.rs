@@ -5,6 +5,7 @@
 
 mod child;
 mod engine;
+mod live;
 pub(crate) mod loss;
 mod replay;
 
@@ -15,7 +16,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::workspace::Workspace;
 
@@ -27,6 +28,8 @@ pub(crate) enum Bench {
     Replay(replay::Options),
     /// Goodput, transfer times and fairness over paths that lose packets, beside the kernel's on the same paths
     Loss(loss::Options),
+    /// Throughput, connections, latency, datagrams and memory of the live appliance, beside plain routing and rivals
+    Live(live::Options),
 }
 
 #[derive(Args)]
@@ -41,12 +44,13 @@ pub(crate) fn run(workspace: &Workspace, bench: &Bench) -> Result<ExitCode> {
         Bench::Engine(options) => engine::run(workspace, options),
         Bench::Replay(options) => replay::run(workspace, options),
         Bench::Loss(options) => loss::run(workspace, options),
+        Bench::Live(options) => live::run(workspace, options),
     }?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// What the figures were measured on.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Machine {
     processor: String,
     cores: usize,
