@@ -328,6 +328,52 @@ fn datagrams_pass_both_ways_whatever_their_size() {
 }
 
 #[test]
+fn bursts_of_datagrams_keep_their_order_and_sizes() {
+    if skipped(&[]) {
+        return;
+    }
+    let lab = Lab::new();
+    let _appliance = lab.appliance(&[]);
+    // Few enough for the buffers of the sockets, which are read only when the burst is over.
+    let sizes = [200; 20].into_iter().chain([1200; 12]).chain([7, 0, 1452, 1]);
+    for (local, remote) in [("0.0.0.0:0", "192.0.2.7:1000"), ("[::]:0", "[2001:db8::7]:1000")] {
+        let (client, server) = (lab.host.udp(local), lab.server.udp(remote));
+        let mut buffer = [0; 2000];
+        for round in 0..10 {
+            let burst: Vec<_> = sizes
+                .clone()
+                .enumerate()
+                .map(|(index, size)| vec![(round * 36 + index) as u8; size])
+                .collect();
+            for datagram in &burst {
+                client.send_to(datagram, remote).unwrap();
+            }
+            let mut back = None;
+            for datagram in &burst {
+                let (len, from) = server.recv_from(&mut buffer).unwrap();
+                assert!(
+                    buffer[..len] == *datagram,
+                    "to the server: {len} of {}",
+                    datagram.len()
+                );
+                back = Some(from);
+            }
+            for datagram in &burst {
+                server.send_to(datagram, back.unwrap()).unwrap();
+            }
+            for datagram in &burst {
+                let (len, _) = client.recv_from(&mut buffer).unwrap();
+                assert!(
+                    buffer[..len] == *datagram,
+                    "to the client: {len} of {}",
+                    datagram.len()
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn one_mapping_serves_all_targets_and_lets_strangers_in() {
     if skipped(&[]) {
         return;

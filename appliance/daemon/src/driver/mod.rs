@@ -5,6 +5,7 @@ mod denials;
 mod device;
 mod ethernet;
 mod exchange;
+mod gathered;
 mod machine;
 mod shard;
 mod world;

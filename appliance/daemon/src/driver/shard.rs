@@ -31,10 +31,10 @@ use super::machine::{Journal, Machine};
 use super::world::{Flows, Losses, News, ShardWorld, flow_of};
 use super::{Report, Totals};
 use crate::egress::{Dialer, Egresses};
-use crate::upstream::{Readiness, Tcp, Upstream};
+use crate::upstream::{Batch, Readiness, Tcp, Upstream};
 
 /// Packets read before flows have their turn.
-const PACKETS_PER_TURN: usize = 32;
+const PACKETS_PER_TURN: usize = 64;
 /// Datagrams received for one flow before others have their turn.
 const DATAGRAMS_PER_TURN: usize = 32;
 /// Turns of flows and flushes before the poll is asked.
@@ -86,6 +86,7 @@ struct Shard {
     clock: Clock,
     /// For datagrams on their way to the engine.
     buffer: Box<[u8]>,
+    batch: Batch,
     draining: bool,
     denials: Denials,
     reports: tokio::sync::mpsc::UnboundedSender<Report>,
@@ -140,6 +141,7 @@ pub(super) fn run(parts: Parts) -> io::Result<Totals> {
         shard: id,
         registry: poll.registry().try_clone()?,
         dialer,
+        gathered: Default::default(),
     };
     let engine = Engine::new(config, policy, seed, start);
     let mut shard = Shard {
@@ -152,6 +154,7 @@ pub(super) fn run(parts: Parts) -> io::Result<Totals> {
         mailbox: mailboxes[usize::from(id.0)].clone(),
         clock,
         buffer: vec![0; usize::from(u16::MAX)].into_boxed_slice(),
+        batch: Batch::new(),
         draining: false,
         denials: Denials::new(),
         reports,
@@ -324,6 +327,7 @@ impl Shard {
     /// Gives flows their turns and flushes, until there is nothing to do or others have waited long enough.
     fn work(&mut self) -> Option<Deadline> {
         let mut deadline = None;
+        self.world.send_gathered();
         for _ in 0..ROUNDS_PER_TURN {
             for _ in 0..self.world.flows.queued() {
                 if let Some(id) = self.world.flows.next_ready() {
@@ -388,13 +392,13 @@ impl Shard {
                 Some(Upstream::Udp(udp)) if udp.error => udp.next_error().map(|error| error.into()),
                 Some(Upstream::Ping(ping)) if ping.error => ping.next_error().map(|error| error.into()),
                 Some(Upstream::Udp(udp)) if udp.readable => {
-                    udp.receive(&mut self.buffer)
-                        .ok()
-                        .map(|received| UpstreamEvent::Datagram {
-                            source: received.source,
-                            payload: &self.buffer[..received.len],
-                            segment_size: received.segment_size,
-                        })
+                    udp.receive(&mut self.batch);
+                    let again = udp.readable || udp.error;
+                    self.deliver_batch(id);
+                    if again {
+                        self.world.flows.queue(id);
+                    }
+                    return;
                 }
                 Some(Upstream::Ping(ping)) if ping.readable => {
                     ping.receive(&mut self.buffer)
@@ -428,6 +432,19 @@ impl Shard {
             }
         }
         self.world.flows.queue(id);
+    }
+
+    /// Gives the engine the datagrams that a session's socket has received.
+    fn deliver_batch(&mut self, id: FlowId) {
+        while let Some(received) = self.batch.next() {
+            let datagram = UpstreamEvent::Datagram {
+                source: received.source,
+                payload: received.payload,
+                segment_size: received.segment_size,
+            };
+            self.machine
+                .handle(self.world.now, Input::Upstream(id, datagram), &mut self.world);
+        }
     }
 
     /// Tells the engine what came of its commands.

@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
@@ -16,6 +17,7 @@ use tungate_engine::{CloseReason, Event, FlowId, PacketIn, Policy, Protocol, Sha
 
 use super::device::Writer;
 use super::exchange::{Buffers, Mailbox};
+use super::gathered::{self, Gathered};
 use crate::egress::{Dialer, Egresses, Way};
 use crate::upstream::errors::connect_error;
 use crate::upstream::{Associating, Dialing, Ping, Readiness, SocketSetup, Tcp, Udp, Upstream};
@@ -41,6 +43,8 @@ pub(super) struct ShardWorld {
     pub(super) shard: ShardId,
     pub(super) registry: Registry,
     pub(super) dialer: Dialer,
+    /// Datagrams for upstreams that leave together.
+    pub(super) gathered: Gathered,
 }
 
 /// What was lost on this side of the engine.
@@ -206,6 +210,33 @@ impl ShardWorld {
         }
     }
 
+    /// Sends the datagrams that have been gathered.
+    pub(super) fn send_gathered(&mut self) {
+        let mut gathered = std::mem::take(&mut self.gathered);
+        gathered.take(|way, bytes, size| self.send_datagrams(way, bytes, size));
+        self.gathered = gathered;
+    }
+
+    fn send_datagrams(&mut self, way: gathered::Way, payload: &[u8], segment_size: Option<NonZeroU16>) {
+        let gathered::Way {
+            flow,
+            target,
+            hop_limit,
+        } = way;
+        self.send(flow, target, |upstream| match upstream {
+            Upstream::Udp(udp) => udp.send(target, payload, segment_size, hop_limit),
+            Upstream::Relayed(relayed) => {
+                relayed.send(target, payload, segment_size);
+                Ok(())
+            }
+            Upstream::Associating(associating) => {
+                associating.send(target, payload, segment_size);
+                Ok(())
+            }
+            Upstream::Tcp(_) | Upstream::Ping(_) | Upstream::Dialing(_) => Ok(()),
+        });
+    }
+
     fn send(
         &mut self,
         id: FlowId,
@@ -277,6 +308,10 @@ impl World for ShardWorld {
     }
 
     fn upstream(&mut self, id: FlowId, command: UpstreamCommand<'_>) {
+        let is_send = matches!(command, UpstreamCommand::Send { .. });
+        if !is_send && self.gathered.flow() == Some(id) {
+            self.send_gathered();
+        }
         match command {
             UpstreamCommand::Open(open) => self.open(id, &open),
             UpstreamCommand::Readable => self.tell_tcp(id, Tcp::on_bytes),
@@ -287,18 +322,20 @@ impl World for ShardWorld {
                 payload,
                 segment_size,
                 hop_limit,
-            } => self.send(id, target, |upstream| match upstream {
-                Upstream::Udp(udp) => udp.send(target, payload, segment_size, hop_limit),
-                Upstream::Relayed(relayed) => {
-                    relayed.send(target, payload, segment_size);
-                    Ok(())
+            } => {
+                let way = gathered::Way {
+                    flow: id,
+                    target,
+                    hop_limit,
+                };
+                if segment_size.is_some() {
+                    self.send_gathered();
+                    self.send_datagrams(way, payload, segment_size);
+                } else if !self.gathered.push(way, payload) {
+                    self.send_gathered();
+                    self.gathered.push(way, payload);
                 }
-                Upstream::Associating(associating) => {
-                    associating.send(target, payload, segment_size);
-                    Ok(())
-                }
-                Upstream::Tcp(_) | Upstream::Ping(_) | Upstream::Dialing(_) => Ok(()),
-            }),
+            }
             UpstreamCommand::Echo {
                 sequence,
                 payload,

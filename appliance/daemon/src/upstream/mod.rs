@@ -1,6 +1,7 @@
 //! Upstreams: the sockets that stand for flows outside.
 
 pub(crate) mod address;
+pub(crate) mod batch;
 pub(crate) mod errors;
 pub(crate) mod ping;
 pub(crate) mod relayed;
@@ -13,6 +14,7 @@ use mio::event::Event;
 use socket2::Socket;
 use tokio::task::AbortHandle;
 
+pub(crate) use batch::Batch;
 pub(crate) use ping::Ping;
 pub(crate) use relayed::{Associating, Relayed};
 pub(crate) use socket::{SocketSetup, Transport};

@@ -3,20 +3,18 @@
 //! Datagrams of one size go out and come in as super-packets where the kernel joins and cuts them (UDP_SEGMENT,
 //! UDP_GRO). ICMP errors about what was sent come by the socket's error queue (IP_RECVERR).
 
-use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
+use std::io::{self, ErrorKind, IoSlice};
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
-use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt, sockopt,
-};
+use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setsockopt, sockopt};
 use socket2::Socket;
 use tungate_engine::io::IcmpError;
 
 use super::Readiness;
-use super::address::from_storage;
+use super::batch::{BATCH_MAX, Batch};
 use super::errors::{SendError, next_send_error, send_error};
 use super::socket::{SocketSetup, Transport, unspecified};
 
@@ -37,14 +35,6 @@ pub(crate) struct Udp {
     segmentation: bool,
     pub(crate) readable: bool,
     pub(crate) error: bool,
-}
-
-/// What was received.
-#[derive(Debug)]
-pub(crate) struct Datagrams {
-    pub(crate) source: SocketAddr,
-    pub(crate) len: usize,
-    pub(crate) segment_size: Option<NonZeroU16>,
 }
 
 impl Udp {
@@ -169,42 +159,23 @@ impl Udp {
         }
     }
 
-    /// Receives a datagram, or several of one source and size.
-    ///
-    /// # Errors
-    ///
-    /// `WouldBlock` when there is none. Errors about datagrams that were sent do not show here.
-    pub(crate) fn receive(&mut self, buffer: &mut [u8]) -> io::Result<Datagrams> {
+    /// Receives datagrams into `batch`. Errors about datagrams that were sent do not show here: the error queue has the
+    /// whole story.
+    pub(crate) fn receive(&mut self, batch: &mut Batch) {
         for _ in 0..ERRORS_PER_CALL {
-            let mut space = nix::cmsg_space!(i32);
-            let mut parts = [IoSliceMut::new(buffer)];
-            let flags = MsgFlags::MSG_DONTWAIT;
-            match recvmsg::<SockaddrStorage>(self.socket.as_raw_fd(), &mut parts, Some(&mut space), flags) {
-                Ok(message) => {
-                    let segment_size = message.cmsgs()?.find_map(|control| match control {
-                        ControlMessageOwned::UdpGroSegments(size) => {
-                            u16::try_from(size).ok().and_then(NonZeroU16::new)
-                        }
-                        _ => None,
-                    });
-                    if let Some(source) = message.address.as_ref().and_then(from_storage) {
-                        let len = message.bytes;
-                        return Ok(Datagrams {
-                            source,
-                            len,
-                            segment_size,
-                        });
-                    }
+            match batch.receive(&self.socket) {
+                // Fewer than there is room for is all there was; what has come since, the poll tells.
+                Ok(received) => {
+                    self.readable = received == BATCH_MAX;
+                    return;
                 }
-                Err(Errno::EAGAIN) => {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     self.readable = false;
-                    return Err(ErrorKind::WouldBlock.into());
+                    return;
                 }
-                // About an earlier datagram; the error queue has the whole story.
                 Err(_) => self.error = true,
             }
         }
-        Err(ErrorKind::WouldBlock.into())
     }
 
     /// The next error about something that was sent.
@@ -268,14 +239,14 @@ mod tests {
         let (_, from) = first.recv_from(&mut [0; 16]).unwrap();
         second.send_to(b"unasked", from).unwrap();
         wait(&udp);
-        let mut buffer = [0; 100];
-        let received = udp.receive(&mut buffer).unwrap();
-        assert_eq!(&buffer[..received.len], b"unasked");
+        let mut batch = Batch::new();
+        udp.readable = true;
+        udp.receive(&mut batch);
+        let received = batch.next().unwrap();
+        assert_eq!(received.payload, b"unasked");
         assert_eq!(received.source, second.local_addr().unwrap());
-        assert!(
-            udp.receive(&mut buffer)
-                .is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
-        );
+        assert_eq!(batch.next(), None);
+        assert!(!udp.readable);
     }
 
     #[test]
