@@ -14,8 +14,8 @@ use crate::counters::Counters;
 use crate::event::{CloseReason, DropReason, Event};
 use crate::flow::{ClientCounts, Flow, FlowKey, FlowTable, KeyHasher, Route};
 use crate::io::{
-    ChecksumState, IcmpError, Input, Judgement, Open, PacketIn, Unreachable, UpstreamCommand, UpstreamError,
-    UpstreamEvent, World,
+    ChecksumState, IcmpError, Input, Judgement, Open, PacketIn, Progress, Stage, Unreachable,
+    UpstreamCommand, UpstreamError, UpstreamEvent, World,
 };
 use crate::packet::{Datagram, Echo, IcmpMessage, IcmpView, PacketView, TcpView, Transport, UdpView};
 use crate::policy::{Action, Decision, ListAction, ListSide, Policy, RuleRef};
@@ -176,6 +176,18 @@ impl Engine {
     /// Flows that are open: TCP without TIME-WAIT, UDP mappings and echo sessions.
     pub fn open_flows(&self) -> usize {
         self.tcp_flows + self.sessions.len()
+    }
+
+    /// How far a flow has come; `None` once it has ended.
+    pub fn progress(&self, flow: FlowId) -> Option<Progress> {
+        match self.flows.get(flow)? {
+            Flow::Tcp(tcp) => tcp.progress(),
+            Flow::Session(session) => Some(Progress {
+                stage: Stage::Open,
+                to_upstream: session.to_upstream,
+                to_client: session.to_client,
+            }),
+        }
     }
 
     /// Bytes of TCP buffers handed out to flows.

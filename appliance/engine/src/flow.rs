@@ -270,6 +270,15 @@ impl<F: Keyed> FlowTable<F> {
     }
 
     /// The flow with this id, if it still lives.
+    pub(crate) fn get(&self, id: FlowId) -> Option<&F> {
+        let slot = self.slots.get(id.slot() as usize)?;
+        if slot.generation != id.generation() || id.shard() != self.shard {
+            return None;
+        }
+        slot.flow.as_ref()
+    }
+
+    /// The same, to change it.
     pub(crate) fn get_mut(&mut self, id: FlowId) -> Option<&mut F> {
         let slot = self.slots.get_mut(id.slot() as usize)?;
         if slot.generation != id.generation() || id.shard() != self.shard {

@@ -188,6 +188,34 @@ pub struct Judgement {
     pub flow: Option<FlowId>,
 }
 
+/// How far an open flow has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// What it does.
+    pub stage: Stage,
+    /// Payload bytes that upstream was given.
+    pub to_upstream: u64,
+    /// Payload bytes that were sent to the client and, for TCP, acknowledged.
+    pub to_client: u64,
+}
+
+/// What an open flow does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Its upstream is being connected.
+    Connecting,
+    /// The client has been answered, and has not answered yet.
+    Handshake,
+    /// Bytes may go both ways; sessions always may.
+    Open,
+    /// The client has closed its side.
+    ClientClosed,
+    /// The upstream has closed its side.
+    UpstreamClosed,
+    /// Both have closed, or one has reset it; bytes are still on their way.
+    Closing,
+}
+
 /// How a packet leaves the engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PacketOut {

@@ -44,7 +44,7 @@ use crate::addr::{FlowId, IngressId};
 use crate::config::{Config, Timeouts};
 use crate::event::{CloseReason, DropReason, Event};
 use crate::flow::{FlowKey, KeyHasher};
-use crate::io::{UpstreamCommand, World};
+use crate::io::{Progress, Stage, UpstreamCommand, World};
 use crate::packet::{PacketView, TcpFlags, TcpView, ip_header_len};
 use crate::policy::RuleRef;
 use crate::relay::{NameWatcher, Relay};
@@ -243,6 +243,51 @@ impl TcpFlow {
             }
             Phase::Live(_) => false,
         }
+    }
+
+    /// How far it has come; `None` when it has ended, but for its TIME-WAIT.
+    pub(crate) fn progress(&self) -> Option<Progress> {
+        let stage = match (&self.phase, self.upstream) {
+            (Phase::TimeWait { .. } | Phase::Ended(_), _) => return None,
+            (Phase::Connecting, _) => Stage::Connecting,
+            (Phase::Live(_), _) if !self.established => Stage::Handshake,
+            (
+                Phase::Live(_),
+                Upstream::Open {
+                    eof: false,
+                    shut: false,
+                },
+            ) => Stage::Open,
+            (
+                Phase::Live(_),
+                Upstream::Open {
+                    eof: false,
+                    shut: true,
+                },
+            ) => Stage::ClientClosed,
+            (
+                Phase::Live(_),
+                Upstream::Open {
+                    eof: true,
+                    shut: false,
+                },
+            ) => Stage::UpstreamClosed,
+            (
+                Phase::Live(_),
+                Upstream::Open {
+                    eof: true,
+                    shut: true,
+                }
+                | Upstream::Gone,
+            )
+            | (Phase::Reset(_), _) => Stage::Closing,
+        };
+        let (to_upstream, to_client) = self.delivered();
+        Some(Progress {
+            stage,
+            to_upstream,
+            to_client,
+        })
     }
 
     /// Bytes that the upstream was given, and bytes that the client has acknowledged.
