@@ -32,4 +32,4 @@ pub use egress::{
 };
 pub use list::{List, Progress, list_file, parse_list};
 pub use load::{Loaded, load, show_defaults};
-pub use settings::Prefilter;
+pub use settings::{Control, Prefilter};

@@ -11,7 +11,7 @@ use crate::document::{Document, Section};
 use crate::egress::{Egress, read_egresses};
 use crate::list::{Progress, read_limited, read_lists};
 use crate::rules::{check_rules, into_rules, read_rules};
-use crate::settings::{Prefilter, read_engine, read_prefilter};
+use crate::settings::{Control, Prefilter, read_control, read_engine, read_prefilter};
 
 /// Largest configuration file, in bytes.
 const LARGEST_FILE: u64 = 16 << 20;
@@ -32,6 +32,8 @@ pub struct Loaded {
     pub egresses: Vec<Egress>,
     /// How the pre-filter is loaded.
     pub prefilter: Prefilter,
+    /// The socket by which a running appliance is asked and told things.
+    pub control: Control,
     /// The files that were read: the configuration first, then list files. When one of them changes, so may the
     /// configuration.
     pub sources: Vec<PathBuf>,
@@ -121,6 +123,7 @@ fn read<'t>(
     let mut engine = Config::default();
     read_engine(&mut root, &mut engine);
     let prefilter = read_prefilter(&mut root);
+    let control = read_control(&mut root);
     root.finish();
 
     if !document.is_broken() {
@@ -147,6 +150,7 @@ fn read<'t>(
         engine,
         egresses,
         prefilter,
+        control,
         sources: lists.files,
         warnings: Vec::new(),
     };

@@ -1,13 +1,15 @@
-//! The sections with the engine's bounds, `[limits]`, `[timeouts]`, `[udp]`, `[tcp]` and `[tun]`, and `[prefilter]`.
+//! The sections with the engine's bounds, `[limits]`, `[timeouts]`, `[udp]`, `[tcp]` and `[tun]`, `[prefilter]` and
+//! `[control]`.
 
 use std::ops::{Range, RangeInclusive};
+use std::path::PathBuf;
 
 use toml::de::DeValue;
 use tungate_engine::config::{Clients, Config, Filtering, Limits, Timeouts};
 
 use crate::diagnostic::Problem;
 use crate::document::{FromValue, Section, choice_of};
-use crate::value::{Bytes, InterfaceName};
+use crate::value::{Bytes, GroupName, InterfaceName, SocketPath};
 
 /// Reassembly must have room for one datagram of the largest size, in bytes.
 const LARGEST_PACKET: u64 = 64 << 10;
@@ -22,6 +24,27 @@ pub struct Prefilter {
     pub interfaces: Vec<String>,
     /// Whether the appliance must not start without it.
     pub required: bool,
+}
+
+/// The socket by which a running appliance is asked and told things.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Control {
+    /// Whether there is one.
+    pub enabled: bool,
+    /// Where it is; absolute. `None` is the usual place.
+    pub socket: Option<PathBuf>,
+    /// The group whose members may open it, beside root.
+    pub group: Option<String>,
+}
+
+impl Default for Control {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            socket: None,
+            group: None,
+        }
+    }
 }
 
 /// Overwrites the settings of `config` that the document has keys for.
@@ -79,6 +102,23 @@ pub(crate) fn read_prefilter(root: &mut Section<'_, '_>) -> Prefilter {
     }
     section.finish();
     prefilter
+}
+
+/// Reads `[control]`.
+pub(crate) fn read_control(root: &mut Section<'_, '_>) -> Control {
+    let mut control = Control::default();
+    let Some(mut section) = root.section("control") else {
+        return control;
+    };
+    section.set("enabled", &mut control.enabled);
+    control.socket = section
+        .get::<SocketPath>("socket")
+        .map(|path| path.into_inner().0.into());
+    control.group = section
+        .get::<GroupName>("group")
+        .map(|group| group.into_inner().0);
+    section.finish();
+    control
 }
 
 fn read_limits(mut section: Section<'_, '_>, limits: &mut Limits) {
@@ -286,6 +326,10 @@ mod tests {
             [prefilter]
             interfaces = ["eth0", "eth1"]
             required = true
+            [control]
+            enabled = false
+            socket = "/run/gate.sock"
+            group = "netadmin"
             "#,
         );
         let seconds = Duration::from_secs;
@@ -324,6 +368,14 @@ mod tests {
             Prefilter {
                 interfaces,
                 required: true
+            }
+        );
+        assert_eq!(
+            loaded.control,
+            Control {
+                enabled: false,
+                socket: Some("/run/gate.sock".into()),
+                group: Some("netadmin".to_owned())
             }
         );
     }
@@ -433,6 +485,16 @@ mod tests {
             "[prefilter]\nrequired = <<true>>",
             "no interface to load it on",
             "interfaces = [\"eth0\"]",
+        );
+        mistake(
+            "[control]\nsocket = \"<<control.sock>>\"",
+            "`control.sock` is not an absolute path",
+            "\"/run/tungate/control.sock\"",
+        );
+        mistake(
+            "[control]\ngroup = \"<<net admin>>\"",
+            "`net admin` is not the name of a group",
+            "getent group",
         );
     }
 }

@@ -16,6 +16,9 @@ use crate::document::{FromValue, choice_of, number_of, text_of, wrong_type};
 /// Longest name of a rule or egress, in characters.
 const LONGEST_NAME: usize = 64;
 
+/// Longest path of a Unix socket, in bytes: what a `sockaddr_un` has room for.
+const LONGEST_SOCKET_PATH: usize = 107;
+
 /// Shortest time that can be configured: below it, timers would do more harm than waiting.
 const SHORTEST_TIME: Duration = Duration::from_millis(100);
 /// Longest time that can be configured.
@@ -30,6 +33,12 @@ pub(crate) struct Name(pub(crate) String);
 
 /// The name of a network interface.
 pub(crate) struct InterfaceName(pub(crate) String);
+
+/// The absolute path of a Unix socket.
+pub(crate) struct SocketPath(pub(crate) String);
+
+/// The name of a group of users.
+pub(crate) struct GroupName(pub(crate) String);
 
 /// A size in bytes.
 #[derive(Debug, Clone, Copy)]
@@ -154,6 +163,39 @@ impl FromValue for InterfaceName {
             let message = format!("`{}` is not the name of an interface", quoted(text));
             let hint = "use at most 15 bytes without blanks and slashes; `ip link` shows the names";
             return Err(Problem::at(0..text.len(), message, hint));
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl FromValue for SocketPath {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        let text = text_of(value, "a path", "\"/run/tungate/control.sock\"")?;
+        let problem = |message: String, hint: &str| Err(Problem::at(0..text.len(), message, hint));
+        if !text.starts_with('/') || text.contains('\0') {
+            let hint = "write it from the root on, such as \"/run/tungate/control.sock\"";
+            return problem(format!("`{}` is not an absolute path", quoted(text)), hint);
+        }
+        if text.len() > LONGEST_SOCKET_PATH {
+            return problem(
+                "this path is too long for a socket".to_owned(),
+                "use at most 107 bytes",
+            );
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl FromValue for GroupName {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        let text = text_of(value, "the name of a group", "\"adm\"")?;
+        if text.is_empty() || text.contains(|c: char| c == ':' || c.is_whitespace() || c.is_control()) {
+            let message = format!("`{}` is not the name of a group", quoted(text));
+            return Err(Problem::at(
+                0..text.len(),
+                message,
+                "`getent group` shows the names",
+            ));
         }
         Ok(Self(text.to_owned()))
     }
