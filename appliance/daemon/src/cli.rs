@@ -30,6 +30,17 @@ pub(crate) enum Command {
     Check(Check),
     /// Says what the policy does with a flow, and by which list entry or rule
     Why(Why),
+    /// Shows the flows that are open in a running appliance
+    Flows(Flows),
+    /// Shows what a running appliance has dropped and how flows have ended, wherever it took place
+    Counters(Counters),
+    /// Changes or shows the lists of a running appliance, in the engine and the pre-filter alike
+    #[command(subcommand)]
+    List(List),
+    /// Has a running appliance read its configuration again; with mistakes in it nothing changes
+    Reload(Reload),
+    /// Has a running appliance refuse new flows, and end when the open ones have ended
+    Drain(Drain),
     /// Removes what an appliance that was killed has left on this host
     Cleanup,
     /// Relays for the process that started it
@@ -100,6 +111,115 @@ pub(crate) enum Prefilter {
 pub(crate) struct PrefilterTarget {
     /// Name of a network interface
     pub(crate) interface: String,
+}
+
+/// What scripts tell failures of commands to a running appliance apart by.
+const CONTROL_CODES: &str = "Exit codes: 0 done, 1 other failures, 2 wrong usage, 3 not permitted, \
+    6 no appliance runs here, 8 no such entry, 9 the appliance refuses";
+
+#[derive(Args)]
+pub(crate) struct Control {
+    /// The appliance's control socket, where `socket` in [control] is another than the usual one
+    #[arg(long = "control", value_name = "SOCKET")]
+    pub(crate) socket: Option<PathBuf>,
+}
+
+#[derive(Args)]
+#[command(after_help = CONTROL_CODES)]
+pub(crate) struct Flows {
+    #[command(flatten)]
+    pub(crate) control: Control,
+
+    /// Again every second, with rates, the busiest first
+    #[arg(short, long)]
+    pub(crate) watch: bool,
+
+    /// Write JSON, with --watch one object per line
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Show so many flows at most; --watch on a terminal shows as many as there is room for
+    #[arg(short = 'n', long, value_name = "COUNT")]
+    pub(crate) limit: Option<std::num::NonZeroUsize>,
+}
+
+#[derive(Args)]
+#[command(after_help = CONTROL_CODES)]
+pub(crate) struct Counters {
+    #[command(flatten)]
+    pub(crate) control: Control,
+
+    /// Write JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Subcommand)]
+#[command(after_help = CONTROL_CODES)]
+pub(crate) enum List {
+    /// Adds an entry, or gives one another time; flows that it denies end at once
+    Add {
+        #[command(flatten)]
+        control: Control,
+        /// How long it holds, as in 90s or `1h 30m`; without it until it is removed
+        #[arg(long, value_parser = humantime::parse_duration)]
+        ttl: Option<Duration>,
+        #[command(flatten)]
+        entries: ListEntries,
+    },
+    /// Removes an entry
+    Remove {
+        #[command(flatten)]
+        control: Control,
+        #[command(flatten)]
+        entries: ListEntries,
+    },
+    /// Replaces all entries by those of a file, all at once
+    Load {
+        #[command(flatten)]
+        control: Control,
+        /// Lines of `deny|allow CIDR [tcp|udp|icmp|any] [PORT|LO-HI|any]`
+        file: PathBuf,
+    },
+    /// Shows the entries in force
+    Show {
+        #[command(flatten)]
+        control: Control,
+        /// Only those that this address falls under
+        address: Option<IpAddr>,
+        /// Write JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Args)]
+pub(crate) struct ListEntries {
+    /// As in a list file, or a prefix alone to deny it: `192.0.2.0/24`, `deny 192.0.2.0/24 tcp 443`
+    #[arg(required_unless_present = "file")]
+    pub(crate) entry: Vec<String>,
+
+    /// All entries of a list file, at once
+    #[arg(short, long, conflicts_with = "entry")]
+    pub(crate) file: Option<PathBuf>,
+}
+
+#[derive(Args)]
+#[command(after_help = CONTROL_CODES)]
+pub(crate) struct Reload {
+    #[command(flatten)]
+    pub(crate) control: Control,
+}
+
+#[derive(Args)]
+#[command(after_help = CONTROL_CODES)]
+pub(crate) struct Drain {
+    #[command(flatten)]
+    pub(crate) control: Control,
+
+    /// How long open flows may go on before they are reset
+    #[arg(long, default_value = "10s", value_parser = humantime::parse_duration)]
+    pub(crate) timeout: Duration,
 }
 
 #[derive(Args)]

@@ -18,6 +18,7 @@ use tungate_config::Egress;
 use tungate_engine::Config;
 use tungate_engine::policy::PolicySpec;
 
+use crate::control::{Ask, Done, ListChange, Refused};
 use crate::driver::Layer;
 
 /// How long the other side may take to read a message.
@@ -33,6 +34,10 @@ pub(crate) enum Order {
     Start(Box<Start>),
     /// Use another policy; answered by [`News::Replaced`].
     Replace(Ways),
+    /// Change the lists of the policy in use, which can be done; answered by [`News::Replaced`].
+    Change(ListChange),
+    /// What [`News::Asked`] with this number came to.
+    Answer(u64, Result<Done, Refused>),
     /// Say that everything goes on; answered by [`News::Alive`].
     Check,
     /// Take no new flows; answered by [`News::Drained`] when the last has ended.
@@ -41,8 +46,8 @@ pub(crate) enum Order {
     End,
 }
 
-/// What the worker begins with, beside its descriptors: the socket to ask for others, the device's queues, and the
-/// journal if there is one.
+/// What the worker begins with, beside its descriptors: the socket to ask for others, the device's queues, and then the
+/// journal and the control socket if there are such.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Start {
     pub(crate) json_log: bool,
@@ -51,6 +56,7 @@ pub(crate) struct Start {
     pub(crate) layer: Layer,
     pub(crate) udp_segmentation: bool,
     pub(crate) has_journal: bool,
+    pub(crate) has_control: bool,
     /// What sockets have for which no mark is configured.
     pub(crate) mark: u32,
 }
@@ -59,6 +65,8 @@ pub(crate) struct Start {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Ways {
     pub(crate) policy: PolicySpec,
+    /// How many of the policy's last list entries have come by the control socket.
+    pub(crate) added: usize,
     pub(crate) egresses: Vec<Egress>,
 }
 
@@ -67,8 +75,10 @@ pub(crate) struct Ways {
 pub(crate) enum News {
     /// It relays, with so many shards.
     Started { shards: usize },
-    /// The policy has been replaced.
+    /// The policy has been replaced, or its lists have been changed: it is in force in all shards.
     Replaced,
+    /// Somebody asks for something over the control socket; answered by [`Order::Answer`] with the same number.
+    Asked(u64, Ask),
     /// All its shards have just been heard of.
     Alive,
     /// No flow is left.

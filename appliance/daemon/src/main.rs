@@ -3,10 +3,11 @@
 //! `driver` carries packets between a device, engines and upstreams; `upstream` are sockets, `egress` the ways out;
 //! `host` changes routes and rules and undoes it; `commands` are what the user can ask for. `tungate run` is two
 //! processes: the `supervisor` has privileges and sees no packet, the `worker` relays and has none; they talk over the
-//! `link`.
+//! `link`. By the `control` socket a running appliance is asked and told things.
 
 mod cli;
 mod commands;
+mod control;
 mod driver;
 mod egress;
 mod host;

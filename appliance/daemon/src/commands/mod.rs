@@ -1,10 +1,17 @@
 //! What the program can be asked to do, one module each.
 
 mod check;
+mod control;
+mod counters;
 mod demo;
+mod drain;
 mod exec;
+mod flows;
+mod list;
 mod prefilter;
+mod reload;
 mod run;
+mod text;
 mod why;
 
 use std::io::{self, IsTerminal};
@@ -27,6 +34,11 @@ pub(crate) fn carry_out(arguments: Arguments) -> Result<ExitCode> {
         Command::Prefilter(command) => prefilter::run(&command),
         Command::Check(check) => check::run(&check),
         Command::Why(why) => why::run(&why),
+        Command::Flows(flows) => control::carry_out(|| flows::run(&flows)),
+        Command::Counters(counters) => control::carry_out(|| counters::run(&counters)),
+        Command::List(list) => control::carry_out(|| list::run(&list)),
+        Command::Reload(reload) => control::carry_out(|| reload::run(&reload)),
+        Command::Drain(drain) => control::carry_out(|| drain::run(&drain)),
         Command::Cleanup => run::clean_up(),
         Command::Worker => worker::run(),
     }
@@ -44,19 +56,26 @@ pub(crate) fn configuration(path: Option<&Path>) -> Result<Loaded> {
     Ok(loaded)
 }
 
-/// Mistakes in a configuration, as a terminal shows them.
+/// Mistakes in a configuration, as standard error shows them.
 #[derive(Debug)]
-pub(crate) struct Rendered(String);
+pub(crate) struct Rendered(Diagnostics);
+
+impl Rendered {
+    /// Without colours, wherever they are shown.
+    pub(crate) fn plain(&self) -> String {
+        self.0.render(false)
+    }
+}
 
 impl From<Diagnostics> for Rendered {
     fn from(diagnostics: Diagnostics) -> Self {
-        Self(diagnostics.render(io::stderr().is_terminal()))
+        Self(diagnostics)
     }
 }
 
 impl std::fmt::Display for Rendered {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.0.render(io::stderr().is_terminal()))
     }
 }
 

@@ -12,6 +12,7 @@ use tungate_engine::policy::{Action, PolicySpec, Rule, RuleMatch};
 
 use super::configuration;
 use super::prefilter::remove_leftovers;
+use crate::control::remove_leftover;
 use crate::driver::{TAP_MAC, TRANSMIT_QUEUE_LEN, Totals};
 use crate::host::{self, Capture, DEVICE, device_addresses};
 use crate::{cli, logs, supervisor};
@@ -29,6 +30,7 @@ pub(super) fn run(arguments: &cli::Run) -> Result<ExitCode> {
 pub(super) fn clean_up() -> Result<ExitCode> {
     logs::to_stderr(false);
     runtime()?.block_on(host::clean_up())?;
+    remove_leftover()?;
     let prefilters = remove_leftovers()?;
     if prefilters > 0 {
         tracing::warn!(

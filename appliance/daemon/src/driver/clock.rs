@@ -4,6 +4,13 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use tungate_engine::Timestamp;
 
+/// Seconds since the Unix epoch.
+pub(crate) fn unix_time() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
 /// Counts from the moment it was made.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Clock {

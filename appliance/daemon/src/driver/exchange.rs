@@ -6,9 +6,12 @@ use std::sync::Arc;
 
 use crossbeam_queue::{ArrayQueue, SegQueue};
 use socket2::Socket;
+use tokio::sync::{mpsc, oneshot};
 use tungate_engine::io::{ChecksumState, UpstreamError};
 use tungate_engine::{FlowId, IngressId, PacketIn, Policy};
 
+use super::Totals;
+use super::questions::FlowReport;
 use crate::egress::{Association, Egresses};
 
 /// Packets that may wait for one shard; more are lost, as in any queue.
@@ -44,6 +47,10 @@ pub(crate) enum Message {
     Drain,
     /// Report that this has come.
     Check,
+    /// Tell of the flows that are open, in parts.
+    Flows(mpsc::UnboundedSender<Vec<FlowReport>>),
+    /// Tell what has been counted.
+    Count(oneshot::Sender<Totals>),
     /// End the thread.
     Stop,
     /// What came of [`Upstream::Dialing`](crate::upstream::Upstream::Dialing).

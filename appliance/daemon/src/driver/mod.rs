@@ -7,6 +7,7 @@ mod ethernet;
 mod exchange;
 mod gathered;
 mod machine;
+mod questions;
 mod shard;
 mod world;
 
@@ -19,10 +20,11 @@ use tokio::sync::mpsc;
 use tungate_engine::journal::Header;
 use tungate_engine::{Config, Counters, Policy, ShardId};
 
-pub(crate) use clock::Clock;
+pub(crate) use clock::{Clock, unix_time};
 pub(crate) use device::{Device, Layer, TAP_MAC, TRANSMIT_QUEUE_LEN};
 pub(crate) use exchange::{Mailbox, Message};
 pub(crate) use machine::{Journal, Machine};
+pub(crate) use questions::{Asker, FlowReport, RuleCounts};
 
 use crate::egress::{Dialer, Egresses};
 
@@ -61,6 +63,12 @@ pub(crate) enum Report {
 #[derive(Debug)]
 pub(crate) struct Totals {
     pub(crate) counters: Counters,
+    /// Packets dropped by list entries and rules, also those of policies before.
+    pub(crate) by_rule: RuleCounts,
+    /// Flows that are open.
+    pub(crate) open_flows: usize,
+    /// Bytes of TCP buffers that flows have.
+    pub(crate) buffer_bytes: u64,
     /// Packets that the device refused.
     pub(crate) lost_by_device: u64,
     /// Packets that found another shard too busy.
@@ -168,6 +176,11 @@ impl Driver {
         for mailbox in self.mailboxes.iter() {
             mailbox.send(message());
         }
+    }
+
+    /// Asks the shards.
+    pub(crate) fn asker(&self) -> Asker {
+        Asker::new(self.mailboxes.clone())
     }
 
     /// How many shards there are.

@@ -9,6 +9,7 @@
 //! the token), not by a runtime's tasks: there is no waker, task or lock per flow, and an event leads to its flow
 //! by an index.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
@@ -28,6 +29,7 @@ use super::device::{Layer, Reader, Writer, split};
 use super::ethernet::Ethernet;
 use super::exchange::{Buffers, Mailbox, Message};
 use super::machine::{Journal, Machine};
+use super::questions::{Listing, Names, RuleCounts};
 use super::world::{Flows, Losses, News, ShardWorld, flow_of};
 use super::{Report, Totals};
 use crate::egress::{Dialer, Egresses};
@@ -89,6 +91,9 @@ struct Shard {
     batch: Batch,
     draining: bool,
     denials: Denials,
+    /// What rules of earlier policies have dropped.
+    past: RuleCounts,
+    listings: VecDeque<Listing>,
     reports: tokio::sync::mpsc::UnboundedSender<Report>,
 }
 
@@ -132,6 +137,7 @@ pub(super) fn run(parts: Parts) -> io::Result<Totals> {
         news: Default::default(),
         tcp_flows: 0,
         policy: policy.clone(),
+        names: Names::of(&policy),
         egresses,
         now: start,
         losses: Losses::default(),
@@ -157,6 +163,8 @@ pub(super) fn run(parts: Parts) -> io::Result<Totals> {
         batch: Batch::new(),
         draining: false,
         denials: Denials::new(),
+        past: RuleCounts::default(),
+        listings: VecDeque::new(),
         reports,
     };
     shard.machine.handle(
@@ -201,6 +209,7 @@ impl Shard {
             }
             self.take_parcels();
             self.read_packets()?;
+            self.list_flows();
             deadline = self.work();
             if self.draining && self.world.tcp_flows == 0 {
                 self.draining = false;
@@ -215,6 +224,7 @@ impl Shard {
             || self.world.flows.queued() > 0
             || !self.world.news.is_empty()
             || !self.mailbox.packets.is_empty()
+            || !self.listings.is_empty()
     }
 
     /// Returns whether to go on.
@@ -222,6 +232,9 @@ impl Shard {
         while let Some(message) = self.mailbox.receive() {
             match message {
                 Message::Policy(policy, egresses) => {
+                    self.past
+                        .add_all(self.machine.engine().counters(), &self.world.policy);
+                    self.world.names = Names::of(&policy);
                     self.world.policy = policy.clone();
                     self.world.egresses = egresses;
                     self.handle(Input::Policy(policy));
@@ -233,6 +246,10 @@ impl Shard {
                 }
                 Message::Check => {
                     let _ = self.reports.send(Report::Alive);
+                }
+                Message::Flows(answer) => self.listings.push_back(Listing::new(answer)),
+                Message::Count(answer) => {
+                    let _ = answer.send(self.totals()); // nobody waits any more
                 }
                 Message::Stop => {
                     self.work();
@@ -257,6 +274,15 @@ impl Shard {
             }
         }
         true
+    }
+
+    /// Goes on with the first of the listings that were asked for.
+    fn list_flows(&mut self) {
+        if let Some(listing) = self.listings.front_mut()
+            && !listing.go_on(&self.world.flows, self.machine.engine(), self.world.now)
+        {
+            self.listings.pop_front();
+        }
     }
 
     fn take_parcels(&mut self) {
@@ -471,8 +497,13 @@ impl Shard {
 
     fn totals(&self) -> Totals {
         let engine = self.machine.engine();
+        let mut by_rule = self.past.clone();
+        by_rule.add_all(engine.counters(), &self.world.policy);
         Totals {
             counters: engine.counters().clone(),
+            by_rule,
+            open_flows: engine.open_flows(),
+            buffer_bytes: engine.buffer_bytes(),
             lost_by_device: self.world.device.lost,
             lost_between_shards: self.world.losses.handed_over,
         }

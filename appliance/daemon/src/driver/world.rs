@@ -13,11 +13,14 @@ use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use tungate_engine::io::{IcmpError, Open, PacketOut, Unreachable, UpstreamCommand, UpstreamError};
 use tungate_engine::policy::{Action, RuleRef};
-use tungate_engine::{CloseReason, Event, FlowId, PacketIn, Policy, Protocol, ShardId, Timestamp, World};
+use tungate_engine::{
+    CloseReason, Engine, Event, FlowId, PacketIn, Policy, Protocol, ShardId, Timestamp, World,
+};
 
 use super::device::Writer;
 use super::exchange::{Buffers, Mailbox};
 use super::gathered::{self, Gathered};
+use super::questions::{FlowReport, Names};
 use crate::egress::{Dialer, Egresses, Way};
 use crate::upstream::errors::connect_error;
 use crate::upstream::{Associating, Dialing, Ping, Readiness, SocketSetup, Tcp, Udp, Upstream};
@@ -31,6 +34,8 @@ pub(super) struct ShardWorld {
     /// Flows that are TCP.
     pub(super) tcp_flows: usize,
     pub(super) policy: Arc<Policy>,
+    /// What flows that open refer to.
+    pub(super) names: Arc<Names>,
     pub(super) egresses: Arc<Egresses>,
     /// The time that events are noted with.
     pub(super) now: Timestamp,
@@ -84,8 +89,8 @@ struct Record {
     target: SocketAddr,
     action: Action,
     rule: RuleRef,
-    /// What `rule` is a rule of.
-    policy: Arc<Policy>,
+    /// What `rule` and `action` refer to.
+    names: Arc<Names>,
     name: Option<String>,
     opened: Timestamp,
 }
@@ -113,6 +118,32 @@ impl Flows {
     fn remove(&mut self, id: FlowId) -> Option<Entry> {
         self.get_mut(id)?;
         self.slots[id.slot() as usize].take()
+    }
+
+    /// Reports the flows of up to `count` slots from `first` on; `None` behind the last one.
+    pub(super) fn report(
+        &self,
+        first: usize,
+        count: usize,
+        engine: &Engine,
+        now: Timestamp,
+    ) -> Option<Vec<FlowReport>> {
+        let slots = self.slots.get(first..)?;
+        let report = |Entry { id, record, .. }: &Entry| {
+            Some(FlowReport {
+                id: *id,
+                protocol: record.protocol,
+                client: record.client,
+                target: record.target,
+                name: record.name.clone(),
+                action: record.action,
+                rule: record.rule,
+                names: record.names.clone(),
+                age: now.since(record.opened),
+                progress: engine.progress(*id)?,
+            })
+        };
+        (!slots.is_empty()).then(|| slots.iter().take(count).flatten().filter_map(report).collect())
     }
 
     /// Puts a flow on the list of those with something to do.
@@ -388,7 +419,7 @@ impl World for ShardWorld {
                     target,
                     action,
                     rule,
-                    policy: self.policy.clone(),
+                    names: self.names.clone(),
                     name: None,
                     opened: self.now,
                 };
@@ -398,7 +429,7 @@ impl World for ShardWorld {
                     %protocol,
                     %client,
                     %target,
-                    rule = %self.policy.name(rule),
+                    rule = record.rule(),
                     egress = record.egress(),
                     "flow opened"
                 );
@@ -438,12 +469,12 @@ impl World for ShardWorld {
 }
 
 impl Record {
-    /// The way out, by name.
+    fn rule(&self) -> &str {
+        self.names.rule(self.rule)
+    }
+
     fn egress(&self) -> &str {
-        match self.action {
-            Action::Egress(egress) => self.policy.egress_name(egress),
-            Action::Direct | Action::Redirect(_) | Action::Reject | Action::Drop => self.action.name(),
-        }
+        self.names.egress(self.action)
     }
 
     /// Writes the line that every flow gets at its end; `policy` is the present one, which `reason` may refer to.
@@ -478,7 +509,7 @@ impl Record {
             client = %self.client,
             target = %self.target,
             name = self.name,
-            rule = %self.policy.name(self.rule),
+            rule = self.rule(),
             egress = self.egress(),
             to_upstream,
             to_client,

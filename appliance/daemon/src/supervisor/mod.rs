@@ -8,11 +8,12 @@
 //! `host::plan`). The supervisor ends then, with the refusal in place: what starts it again removes it first. Where the
 //! operator prefers traffic to go its usual way, everything is undone.
 
+mod changes;
 mod process;
 mod signals;
 mod sockets;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -20,13 +21,14 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use sd_notify::NotifyState;
 use tokio::time::{Interval, MissedTickBehavior, interval, timeout};
-use tungate_config::{Egress, Loaded};
+use tungate_config::{Control, Egress, Loaded, Prefilter};
 
 use self::process::Process;
 use self::signals::{Request, Signals};
 use self::sockets::Allowed;
 use crate::cli;
-use crate::commands::{capture_of, configuration, create_journal, explain_device};
+use crate::commands::{capture_of, create_journal, explain_device};
+use crate::control::{Ask, Lists, Socket};
 use crate::driver::{Layer, default_shards};
 use crate::egress::read_passwords;
 use crate::host::{Capture, HostSetup, MARK};
@@ -34,8 +36,6 @@ use crate::link::{News, Order, Start, Ways};
 
 /// How long open flows may go on after the request to end.
 const DRAIN_TIME: Duration = Duration::from_secs(10);
-/// How long the worker may take to put a policy into force: proxies' names are looked up.
-const REPLACE_TIME: Duration = Duration::from_secs(60);
 
 /// Runs the appliance on this host to its end.
 ///
@@ -95,20 +95,35 @@ async fn supervise(
     setup.make(capture.preparation()).await?;
     let allowed = Allowed::by(&loaded.egresses);
     let line = sockets::serve(allowed.clone()).context("cannot serve the relaying process")?;
-    let engine = loaded.engine.clone();
+    let mut control = Socket::open(&loaded.control)?;
+    let settings = Lasting {
+        engine: loaded.engine.clone(),
+        prefilter: loaded.prefilter,
+        control: loaded.control,
+    };
+    let lists = Lists {
+        entries: loaded.policy.lists.clone(),
+        added: 0,
+    };
     let start = Start {
         json_log: arguments.json,
         engine: loaded.engine,
         ways: Ways {
             policy: loaded.policy,
+            added: 0,
             egresses: loaded.egresses,
         },
         layer,
         udp_segmentation: device.udp_segmentation,
         has_journal: journal.is_some(),
+        has_control: control.is_some(),
         mark: MARK,
     };
-    let mut worker = Process::start(start, line, device, journal).await?;
+    let control_fd = control.as_ref().and_then(Socket::fd);
+    let mut worker = Process::start(start, line, device, journal, control_fd).await?;
+    if let Some(control) = &mut control {
+        control.hand_over();
+    }
     // The worker looks names of proxies up before queries of names are captured themselves.
     let shards = tokio::select! {
         () = signals.end() => {
@@ -132,125 +147,108 @@ async fn supervise(
         },
         shards,
         ipv6 = capture.address_v6.is_some(),
+        control = control
+            .as_ref()
+            .map(|control| control.path().display().to_string()),
         "relaying"
     );
     notify(&[NotifyState::Ready]);
     let mut running = Running {
         configuration: arguments.policy.config.as_deref(),
-        engine,
+        settings,
         allowed,
         capture,
+        lists,
         worker,
+        asked: VecDeque::new(),
         watchdog: Watchdog::new(),
     };
-    running.until_told(setup, signals).await?;
+    let time = running.until_told(setup, signals).await?;
     notify(&[NotifyState::Stopping]);
-    running.drain(signals).await;
+    running.drain(time, signals).await;
     running.worker.end().await;
     Ok(())
 }
 
 struct Running<'a> {
     configuration: Option<&'a Path>,
-    engine: tungate_engine::Config,
+    settings: Lasting,
     allowed: Allowed,
     capture: Capture,
+    lists: Lists,
     worker: Process,
+    /// What the worker has asked while it was waited for something else.
+    asked: VecDeque<(u64, Ask)>,
     watchdog: Watchdog,
 }
 
+/// Settings that last as long as the process.
+#[derive(Debug, PartialEq)]
+struct Lasting {
+    engine: tungate_engine::Config,
+    prefilter: Prefilter,
+    control: Control,
+}
+
 impl Running<'_> {
-    /// Serves until a signal asks for the end.
+    /// Serves until somebody asks for the end; returns how long open flows may go on then.
     ///
     /// # Errors
     ///
     /// If the worker fails.
-    async fn until_told(&mut self, setup: &mut HostSetup, signals: &mut Signals) -> Result<()> {
+    async fn until_told(&mut self, setup: &mut HostSetup, signals: &mut Signals) -> Result<Duration> {
         loop {
+            while let Some((number, ask)) = self.asked.pop_front() {
+                if let Some(time) = self.answer(number, ask, setup).await? {
+                    return Ok(time);
+                }
+            }
             tokio::select! {
                 request = signals.next() => match request {
-                    Request::End => return Ok(()),
-                    Request::Reload => self.reload(setup).await,
+                    Request::End => return Ok(DRAIN_TIME),
+                    Request::Reload => self.reload_by_signal(setup).await,
                 },
                 () = self.watchdog.due() => self.worker.tell(&Order::Check).await?,
-                news = self.worker.next() => self.watchdog.note(&news?),
+                news = self.worker.next() => self.take_note(news?),
             }
         }
     }
 
-    /// Reads the configuration again. If anything is wrong with it, the old policy stays.
-    async fn reload(&mut self, setup: &mut HostSetup) {
-        notify(&[NotifyState::Reloading, monotonic()]);
-        match self.try_reload(setup).await {
-            Ok((lists, rules)) => tracing::info!(lists, rules, "the policy has been replaced"),
-            Err(error) => {
-                tracing::error!("the configuration is not used, and the policy stays as it was:\n{error:#}");
-            }
-        }
-        notify(&[NotifyState::Ready]);
-    }
-
-    /// Returns the numbers of lists and rules.
-    async fn try_reload(&mut self, setup: &mut HostSetup) -> Result<(usize, usize)> {
-        let Some(path) = self.configuration else {
-            bail!("this appliance runs without a configuration file: start it with --config");
-        };
-        let mut loaded = configuration(Some(path))?;
-        loaded.engine.clients = self.engine.clients;
-        if loaded.engine != self.engine {
-            tracing::warn!("limits, timeouts and other settings of the engine take effect at the next start");
-        }
-        let mut egresses = loaded.egresses;
-        read_passwords(&mut egresses)?;
-        let marks = marks(&egresses);
-        setup.make(self.capture.rules_of_marks(&marks)).await?;
-        self.allowed.add(&egresses);
-        let numbers = (loaded.policy.lists.len(), loaded.policy.rules.len());
-        let order = Order::Replace(Ways {
-            policy: loaded.policy,
-            egresses,
-        });
-        self.worker.tell(&order).await?;
-        timeout(REPLACE_TIME, self.replaced())
-            .await
-            .context("the relaying process does not answer")??;
-        if let Order::Replace(ways) = order {
-            self.allowed.keep_only(&ways.egresses);
-        }
-        let old = std::mem::replace(&mut self.capture.marks, marks);
-        setup.take_back(&self.capture.rules_of_marks(&old)).await?;
-        Ok(numbers)
-    }
-
-    /// Waits until the worker has replaced its policy.
-    async fn replaced(&mut self) -> Result<()> {
-        loop {
-            match self.worker.next().await? {
-                News::Replaced => return Ok(()),
-                news => self.watchdog.note(&news),
-            }
+    /// Takes note of news that nobody waits for.
+    fn take_note(&mut self, news: News) {
+        match news {
+            News::Asked(number, ask) => self.asked.push_back((number, ask)),
+            news => self.watchdog.note(&news),
         }
     }
 
     /// Lets open flows finish, for a while or until another signal.
-    async fn drain(&mut self, signals: &mut Signals) {
+    async fn drain(&mut self, time: Duration, signals: &mut Signals) {
         tracing::info!(
-            seconds = DRAIN_TIME.as_secs(),
+            seconds = time.as_secs(),
             "ending: open flows may finish, new ones are refused"
         );
         if self.worker.tell(&Order::Drain).await.is_err() {
             return; // it has died, and there is nothing to wait for
         }
-        let drained = async {
-            while let Ok(news) = self.worker.next().await {
-                if let News::Drained = news {
+        tokio::select! {
+            () = signals.end() => {}
+            _ = timeout(time, self.drained()) => {}
+        }
+    }
+
+    /// Waits until no flow is left, or the worker has died.
+    async fn drained(&mut self) {
+        loop {
+            while let Some((number, ask)) = self.asked.pop_front() {
+                if self.answer_while_draining(number, ask).await.is_err() {
                     return;
                 }
             }
-        };
-        tokio::select! {
-            () = signals.end() => {}
-            _ = timeout(DRAIN_TIME, drained) => {}
+            match self.worker.next().await {
+                Ok(News::Drained) | Err(_) => return,
+                Ok(news) => self.take_note(news),
+            }
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The worker as its supervisor sees it: a process and a link.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 use std::time::Duration;
@@ -34,6 +34,7 @@ impl Process {
         line: OwnedFd,
         device: Device,
         journal: Option<File>,
+        control: Option<BorrowedFd<'_>>,
     ) -> Result<Self> {
         let (ours, theirs) = UnixStream::pair().context("cannot make a socket pair")?;
         let child = Command::new("/proc/self/exe") // this very program, whatever its file is by now
@@ -51,6 +52,7 @@ impl Process {
         let mut descriptors = vec![line.as_fd()];
         descriptors.extend(device.queues.iter().map(AsFd::as_fd));
         descriptors.extend(journal.as_ref().map(AsFd::as_fd));
+        descriptors.extend(control);
         let sent = send_descriptors(&ours, &descriptors);
         drop((line, device, journal));
         let mut process = Self {

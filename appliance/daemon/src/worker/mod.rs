@@ -5,9 +5,10 @@
 
 mod privilege;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,10 +16,14 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{SigHandler, Signal, signal};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::interval;
+use tungate_config::Egress;
 use tungate_engine::Policy;
+use tungate_engine::policy::PolicySpec;
 
 use crate::commands::{closed, report, runtime};
+use crate::control::{Asked, Current, Done, ListChange, Lists, Refused, Server};
 use crate::driver::{Device, Driver, Message, Report, Settings};
 use crate::egress::{Dialer, Egresses};
 use crate::link::{Link, News, Order, Start, Ways, receive_descriptors};
@@ -28,6 +33,8 @@ use crate::upstream::Broker;
 /// How often the wall clock is compared with ours, and what difference counts as its having been set.
 const CLOCK_CHECK: Duration = Duration::from_secs(10);
 const CLOCK_STEP: Duration = Duration::from_millis(500);
+/// What the control socket may ask of the supervisor before it has answered.
+const ASKS_MAX: usize = 32;
 
 /// Runs the worker; the link is its standard input.
 ///
@@ -66,32 +73,54 @@ pub(crate) fn run() -> Result<ExitCode> {
 async fn work(start: Start, descriptors: Vec<OwnedFd>, link: &mut Link) -> Result<()> {
     let mut descriptors = descriptors.into_iter();
     let line = descriptors.next().context("there is no line for sockets")?;
-    let journal = start
-        .has_journal
-        .then(|| descriptors.next_back())
-        .flatten()
-        .map(File::from);
+    let mut last = |is_there: bool| is_there.then(|| descriptors.next_back()).flatten();
+    let control = last(start.has_control).map(UnixListener::from);
+    let journal = last(start.has_journal).map(File::from);
     let device = Device {
         queues: descriptors.collect(),
         layer: start.layer,
         udp_segmentation: start.udp_segmentation,
     };
     let broker = Broker::new(line, start.mark)?;
-    let egresses = prepare(&start.ways, &broker).await?;
+    let egresses = prepare(&start.ways.egresses, &broker).await?;
+    let policy = Arc::new(Policy::new(start.ways.policy));
     let driver = Driver::start(Settings {
         config: start.engine,
-        policy: Arc::new(Policy::new(start.ways.policy)),
-        egresses,
+        policy: policy.clone(),
+        egresses: egresses.clone(),
         dialer: Dialer::new(tokio::runtime::Handle::current()),
         device,
         journal,
     })
     .context("cannot start the driver")?;
     let shards = driver.shards();
+    let (current, watched) = watch::channel(Current {
+        policy,
+        added: start.ways.added,
+        egresses: start.ways.egresses.into(),
+        draining: false,
+    });
+    let (asks, asked) = mpsc::channel(ASKS_MAX);
+    if let Some(listener) = control {
+        let server = Server {
+            asker: driver.asker(),
+            shards,
+            current: watched,
+            asks,
+        };
+        server
+            .start(listener)
+            .context("cannot serve the control socket")?;
+    }
     link.send(&News::Started { shards }).await?;
     let mut worker = Worker {
         driver,
         broker,
+        egresses,
+        current,
+        asked,
+        waiting: BTreeMap::new(),
+        next_number: 0,
         undrained: 0,
         unheard: 0,
     };
@@ -101,8 +130,8 @@ async fn work(start: Start, descriptors: Vec<OwnedFd>, link: &mut Link) -> Resul
 }
 
 /// Makes ways out ready to be used.
-async fn prepare(ways: &Ways, broker: &Arc<Broker>) -> Result<Arc<Egresses>> {
-    let egresses = Arc::new(Egresses::new(&ways.egresses, Some(broker))?);
+async fn prepare(configured: &[Egress], broker: &Arc<Broker>) -> Result<Arc<Egresses>> {
+    let egresses = Arc::new(Egresses::new(configured, Some(broker))?);
     egresses.look_up_proxies().await;
     egresses.watch(&tokio::runtime::Handle::current());
     Ok(egresses)
@@ -111,6 +140,13 @@ async fn prepare(ways: &Ways, broker: &Arc<Broker>) -> Result<Arc<Egresses>> {
 struct Worker {
     driver: Driver,
     broker: Arc<Broker>,
+    egresses: Arc<Egresses>,
+    current: watch::Sender<Current>,
+    /// What the control socket asks of the supervisor; closed if there is none.
+    asked: mpsc::Receiver<Asked>,
+    /// Who waits for the supervisor's answer with a number.
+    waiting: BTreeMap<u64, oneshot::Sender<Result<Done, Refused>>>,
+    next_number: u64,
     /// Shards that have open flows, once they are to finish them.
     undrained: usize,
     /// Shards that have not been heard of since the last check.
@@ -132,10 +168,17 @@ impl Worker {
                     None | Some(Order::End) => return Ok(()),
                     Some(Order::Start(_)) => bail!("there is no starting twice"),
                     Some(Order::Replace(ways)) => {
-                        let egresses = prepare(&ways, &self.broker).await?;
-                        let policy = Arc::new(Policy::new(ways.policy));
-                        self.driver.tell(|| Message::Policy(policy.clone(), egresses.clone()));
+                        self.replace(ways).await?;
                         link.send(&News::Replaced).await?;
+                    }
+                    Some(Order::Change(change)) => {
+                        self.change(&change).await?;
+                        link.send(&News::Replaced).await?;
+                    }
+                    Some(Order::Answer(number, answer)) => {
+                        if let Some(waiting) = self.waiting.remove(&number) {
+                            let _ = waiting.send(answer); // nobody waits any more
+                        }
                     }
                     Some(Order::Check) => {
                         self.unheard = self.driver.shards();
@@ -144,8 +187,14 @@ impl Worker {
                     Some(Order::Drain) => {
                         self.undrained = self.driver.shards();
                         self.driver.tell(|| Message::Drain);
+                        self.current.send_modify(|current| current.draining = true);
                     }
                 },
+                Some((ask, waiting)) = self.asked.recv() => {
+                    self.waiting.insert(self.next_number, waiting);
+                    link.send(&News::Asked(self.next_number, ask)).await?;
+                    self.next_number += 1;
+                }
                 _ = clock_checks.tick() => {
                     let now = self.driver.clock.wall_offset();
                     if now.abs_diff(offset) > CLOCK_STEP.as_nanos() as u64 {
@@ -171,6 +220,47 @@ impl Worker {
                 },
             }
         }
+    }
+
+    /// Puts another policy into force.
+    async fn replace(&mut self, ways: Ways) -> Result<()> {
+        self.egresses = prepare(&ways.egresses, &self.broker).await?;
+        self.put_into_force(ways.policy, ways.added).await;
+        self.current
+            .send_modify(|current| current.egresses = ways.egresses.into());
+        Ok(())
+    }
+
+    /// Puts other lists into force.
+    ///
+    /// # Errors
+    ///
+    /// If the supervisor's lists are others than ours, which is a bug.
+    async fn change(&mut self, change: &ListChange) -> Result<()> {
+        let Current { policy, added, .. } = self.current.borrow().clone();
+        let mut spec = policy.spec().clone();
+        let mut lists = Lists {
+            entries: std::mem::take(&mut spec.lists),
+            added,
+        };
+        if let Err(missing) = lists.change(change) {
+            bail!("the lists have no {missing:?}, though the supervisor's have");
+        }
+        spec.lists = lists.entries;
+        self.put_into_force(spec, lists.added).await;
+        Ok(())
+    }
+
+    /// Returns when all shards act by the policy.
+    async fn put_into_force(&mut self, spec: PolicySpec, added: usize) {
+        let policy = Arc::new(Policy::new(spec));
+        self.driver
+            .tell(|| Message::Policy(policy.clone(), self.egresses.clone()));
+        self.driver.asker().totals().await; // they answer in the order in which they are told and asked
+        self.current.send_modify(|current| {
+            current.policy = policy;
+            current.added = added;
+        });
     }
 
     /// Resets what is still open, and ends.

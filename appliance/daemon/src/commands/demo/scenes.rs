@@ -8,8 +8,9 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use tungate_engine::policy::{ListAction, ListEntry, ListProtocol};
 
 use super::origin::{BULK, CLOSED, DNS, HTTP, NAMES, PAGE_LEN, Pattern, STREAM, WEB, WEB_V6};
-use super::stage::{Stage, bytes};
+use super::stage::Stage;
 use super::{RULE, TELNET};
+use crate::commands::text::bytes;
 use crate::upstream::{Ping, SocketSetup};
 
 /// How long anything may take that is expected to happen.

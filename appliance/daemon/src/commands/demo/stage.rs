@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use tungate_engine::policy::ListEntry;
 
 use super::notes::Note;
+use crate::commands::text::bytes;
 
 /// How long the appliance may take to say what it does.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -229,43 +230,5 @@ fn rule_of(note: &Note) -> String {
     match note.get("rule") {
         "default" => "default".to_owned(),
         rule => format!("`{rule}`"),
-    }
-}
-
-/// A number of bytes, as people say it.
-pub(super) fn bytes(count: u64) -> String {
-    let units = ["B", "kB", "MB", "GB", "TB"];
-    let mut value = count as f64;
-    let mut unit = 0;
-    while value >= 999.5 && unit + 1 < units.len() {
-        value /= 1000.0;
-        unit += 1;
-    }
-    match (unit, value) {
-        (0, _) => format!("{count} B"),
-        (_, value) if value < 9.995 => format!("{value:.2} {}", units[unit]),
-        (_, value) if value < 99.95 => format!("{value:.1} {}", units[unit]),
-        (_, value) => format!("{value:.0} {}", units[unit]),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bytes_have_three_digits_that_count() {
-        for (count, expected) in [
-            (0, "0 B"),
-            (999, "999 B"),
-            (1000, "1.00 kB"),
-            (9_994, "9.99 kB"),
-            (9_995, "10.0 kB"),
-            (100_000, "100 kB"),
-            (999_500, "1.00 MB"),
-            (1_234_567_890, "1.23 GB"),
-        ] {
-            assert_eq!(bytes(count), expected);
-        }
     }
 }

@@ -12,7 +12,6 @@ use std::io;
 use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use nix::ifaddrs::getifaddrs;
@@ -24,6 +23,7 @@ use tungate_prefilter::kernel::{self, Kernel, KernelError, Mode, Options, Wanted
 use tungate_prefilter::{Count, Counters, Prefilter};
 
 use super::Fault;
+pub(super) use crate::driver::unix_time;
 use crate::host::namespace_cookie;
 
 /// The BPF file system. Not below /sys, which `ip netns exec` replaces.
@@ -312,13 +312,6 @@ pub(crate) fn remove_leftovers() -> Result<usize> {
 /// Whether two entries differ in their end alone.
 pub(super) fn same(a: &ListEntry, b: &ListEntry) -> bool {
     (a.action, a.network, a.protocol, a.ports) == (b.action, b.network, b.protocol, b.ports)
-}
-
-/// Seconds since the Unix epoch.
-pub(super) fn unix_time() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
 }
 
 /// The addresses of this host: packets to them are not judged by entries of prefix length 0.

@@ -261,7 +261,7 @@ fn status(interface: Option<&str>, with_entries: bool, as_json: bool) -> Result<
 }
 
 /// Reads an entry as list files have it; without an action it is denied.
-fn parse_entry(words: &[String]) -> Result<ListEntry> {
+pub(super) fn parse_entry(words: &[String]) -> Result<ListEntry> {
     let mut text = words.join(" ");
     if !text.starts_with("deny ") && !text.starts_with("allow ") {
         text.insert_str(0, "deny ");
