@@ -32,20 +32,132 @@ fn is_there(program: &str) -> bool {
     asked.is_ok_and(|output| output.status.success())
 }
 
-fn replay_all(prefilter: &str) -> Vec<Value> {
-    let output = Command::new(env!("CARGO_BIN_EXE_replay"))
-        .args(folders())
-        .args(["--list", LIST, "--json", "--prefilter", prefilter])
+fn replay(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_replay"));
+    command
+        .args(arguments)
         .current_dir(root())
         .stdin(Stdio::null())
-        .output()
-        .unwrap();
+        .env("NO_COLOR", "1");
+    command
+}
+
+fn replay_all(prefilter: &str) -> Vec<Value> {
+    let mut command = replay(&["--list", LIST, "--json", "--prefilter", prefilter]);
+    let output = command.args(folders()).output().unwrap();
     assert!(
         output.status.success(),
         "{}",
         String::from_utf8_lossy(&output.stderr)
     );
     serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// Whether this kernel runs the program for us; else says why not.
+#[cfg(feature = "kernel")]
+fn is_kernel_willing() -> bool {
+    use tungate_sim::replay::Prefiltering;
+    match Prefiltering::Kernel.check() {
+        Ok(()) => true,
+        Err(error) => {
+            println!("skipped: {}", error.to_string().replace('\n', "; "));
+            false
+        }
+    }
+}
+
+#[cfg(feature = "kernel")]
+#[test]
+fn the_kernel_and_the_virtual_machine_come_to_one_report() {
+    if !is_kernel_willing() {
+        return;
+    }
+    let (in_kernel, in_vm) = (replay_all("kernel"), replay_all("vm"));
+    let mut left_out = 0;
+    for (mut in_kernel, mut in_vm) in in_kernel.into_iter().zip(in_vm) {
+        let [kernel, vm] = [&mut in_kernel, &mut in_vm].map(|report| report["parity"].take());
+        assert_eq!(kernel["disagreements"], 0, "{}", in_kernel["capture"]);
+        // What a network card has joined is too long for the kernel; nothing else is left out.
+        let asked = |parity: &Value| parity["checked"].as_u64().unwrap();
+        left_out += asked(&vm) - asked(&kernel);
+        if asked(&vm) > asked(&kernel) {
+            for report in [&mut in_kernel, &mut in_vm] {
+                let flows = report["flows"].as_array_mut().unwrap();
+                flows.iter_mut().for_each(|flow| drop(flow["path"].take()));
+            }
+        }
+        assert_eq!(in_kernel, in_vm);
+    }
+    println!("{left_out} packets were too long for the kernel");
+}
+
+#[cfg(feature = "kernel")]
+#[test]
+fn a_change_of_lists_in_mid_capture_is_one_swap_in_the_kernel_too() {
+    if !is_kernel_willing() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let change = folder.path().join("change.toml");
+    fs::write(
+        &change,
+        "[lists]\nentries = [\"deny 192.150.187.43/32 tcp 80\"]\n",
+    )
+    .unwrap();
+    let change = format!("5s={}", change.display());
+    let packets = |prefilter| {
+        let capture = "captures/web-page.pcap";
+        let arguments = [
+            capture,
+            "--packets",
+            "-",
+            "--change",
+            &change,
+            "--prefilter",
+            prefilter,
+        ];
+        let output = replay(&arguments).output().unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let in_kernel = packets("kernel");
+    assert_eq!(in_kernel, packets("vm"));
+    assert!(in_kernel.contains(r#""path":"prefilter""#), "{in_kernel}");
+}
+
+#[cfg(feature = "kernel")]
+#[test]
+fn without_rights_the_kernel_is_not_asked_and_the_way_out_is_said() {
+    let replay = env!("CARGO_BIN_EXE_replay");
+    let capture = root().join("captures/web-page.pcap").canonicalize().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    // Where an ordinary user can read both.
+    let place = |from: &Path| {
+        let to = folder.path().join(from.file_name().unwrap());
+        fs::copy(from, &to).unwrap();
+        to
+    };
+    let (program, capture) = (place(Path::new(replay)), place(&capture));
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    fs::set_permissions(folder.path(), mode).unwrap();
+    let mut command = Command::new("setpriv");
+    let command = command.args(["--reuid=65534", "--clear-groups"]).arg(program);
+    let command = command
+        .arg(capture)
+        .args(["--prefilter", "kernel"])
+        .env("NO_COLOR", "1");
+    let Ok(output) = command.stdin(Stdio::null()).output() else {
+        println!("skipped: there is no setpriv to become an ordinary user");
+        return;
+    };
+    let message = String::from_utf8(output.stderr).unwrap();
+    if message.contains("setpriv:") {
+        println!("skipped: {message}");
+        return;
+    }
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(message.contains("not permitted\nhint: run as root"), "{message}");
+    assert!(output.stdout.is_empty());
 }
 
 #[test]

@@ -91,6 +91,7 @@ pub fn run(args: &Args) -> ExitCode {
 fn prepare(args: &Args) -> Result<(Session<'_>, Inputs), Box<dyn Error>> {
     let inputs = Inputs::find(&args.captures);
     check_outputs(args, inputs.captures.len())?;
+    args.prefilter.check()?;
     let mut loaded = args
         .config
         .as_deref()

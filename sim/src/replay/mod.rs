@@ -56,6 +56,7 @@ use tungate_engine::{Config, Policy, Timestamp};
 use self::dispatch::Dispatcher;
 pub use self::journal::{Repeated, repeat};
 use self::merge::Merge;
+use self::prefilter::Filter;
 pub use self::prefilter::Prefiltering;
 pub use self::repair::Checksums;
 use self::shard::Setup;
@@ -165,7 +166,8 @@ pub struct Outcome {
 ///
 /// # Errors
 ///
-/// When the journal cannot be written. What is wrong with packets or the capture is part of the outcome.
+/// When the journal cannot be written, or the kernel does not take the pre-filter. What is wrong with packets or the
+/// capture is part of the outcome.
 pub fn run(
     capture: &mut Capture,
     options: &Options,
@@ -206,7 +208,6 @@ fn run_with(
             lines: sink.wants_lines(),
         },
         journal: journal.is_some(),
-        prefilter: options.prefilter,
         started: 0,
         #[cfg(test)]
         tamper: None,
@@ -216,14 +217,25 @@ fn run_with(
         .or_else(|| thread::available_parallelism().ok())
         .map_or(1, NonZeroUsize::get)
         .min(usize::from(SHARDS));
+    let filters = (0..jobs).map(|_| Filter::new(options.prefilter, &policies));
+    let filters: Vec<Filter> = filters.collect::<Result<_, _>>().map_err(io::Error::other)?;
     thread::scope(|scope| {
         let (mut to_workers, mut outputs, mut workers) = (Vec::new(), Vec::new(), Vec::new());
         let mut replies = Vec::new();
-        for index in 0..jobs {
+        for (index, filter) in filters.into_iter().enumerate() {
             let (batches, work) = sync_channel(DEPTH);
             let (found, output) = sync_channel(DEPTH);
             let (reply, answers) = sync_channel(1);
-            let worker = Worker::new(index, jobs, &setup, &started, work, found, reply);
+            let worker = Worker {
+                index,
+                jobs,
+                setup: &setup,
+                filter,
+                started: &started,
+                work,
+                found,
+                reply,
+            };
             workers.push(scope.spawn(move || worker.run()));
             to_workers.push(batches);
             outputs.push(output);

@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use tungate_engine::policy::RuleRef;
 use tungate_engine::{DropReason, Policy, Timestamp};
-use tungate_prefilter::vm::{Machine, Vm};
-use tungate_prefilter::{Action, Prefilter, Sampling};
+#[cfg(feature = "kernel")]
+use tungate_prefilter::kernel::{Kernel, KernelError, Options};
+use tungate_prefilter::{Action, Backend, Error, Prefilter, Sampling, Vm};
 
 use super::item::{Counts, Judged, Verdict};
 use crate::outcome::Path;
@@ -19,18 +20,41 @@ pub enum Prefiltering {
     /// A virtual machine: the committed bytecode, checked, without the kernel
     #[default]
     Vm,
+    /// This kernel, as root, packet by packet: the same bytecode, attached nowhere. Packets longer than a page, which
+    /// it cannot be given, are left to the engine
+    #[cfg(feature = "kernel")]
+    Kernel,
     /// Nobody: the engine alone judges
     Off,
 }
 
+impl Prefiltering {
+    /// Tells whether the program can be run that way here.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel has against it, with the way out.
+    pub fn check(self) -> Result<(), Error> {
+        Program::new(self).map(drop)
+    }
+}
+
 /// A worker's pre-filter. Its shards share it: they meet packets and changes of policy in one order.
 pub(super) struct Filter {
-    vm: Option<Vm>,
+    program: Program,
     policies: Arc<[Arc<Policy>]>,
     /// Index of the policy whose lists it holds; `None` before the first packet.
     policy: Option<u16>,
     /// When the capture started, in nanoseconds since the Unix epoch.
-    started: u64,
+    pub(super) started: u64,
+}
+
+/// The program, where it runs.
+enum Program {
+    Vm(Box<Vm>),
+    #[cfg(feature = "kernel")]
+    Kernel(Box<Prefilter<Kernel>>),
+    Off,
 }
 
 /// What the pre-filter made of a packet.
@@ -39,48 +63,76 @@ pub(super) enum Seen {
     Passed,
     /// By a list entry.
     Dropped(Option<RuleRef>),
-    /// The program did what the kernel would not have let it do.
+    /// The program did what the kernel would not have let it do, or the kernel did not run it.
     Failed,
 }
 
-impl Filter {
-    pub(super) fn new(kind: Prefiltering, policies: Arc<[Arc<Policy>]>, started: u64) -> Self {
-        let vm = match kind {
-            Prefiltering::Vm => {
-                let vm = Prefilter::<Machine>::simulated(Sampling::default());
-                Some(vm.expect("the committed object is a build of this program"))
+impl Program {
+    fn new(kind: Prefiltering) -> Result<Self, Error> {
+        match kind {
+            Prefiltering::Vm => Ok(Self::Vm(Box::new(Vm::simulated(Sampling::default())?))),
+            #[cfg(feature = "kernel")]
+            Prefiltering::Kernel => {
+                // Of a run by itself, events alone tell the rule.
+                let options = Options {
+                    sampling: Sampling::ALL,
+                    ..Options::default()
+                };
+                Ok(Self::Kernel(Box::new(Prefilter::load(options)?)))
             }
-            Prefiltering::Off => None,
-        };
-        Self {
-            vm,
-            policies,
-            policy: None,
-            started,
+            Prefiltering::Off => Ok(Self::Off),
         }
     }
+}
 
-    /// Has the program look at a frame, with the lists of `policy` as they stand at `now`.
-    pub(super) fn look(&mut self, policy: u16, now: Timestamp, frame: &[u8]) -> Option<Seen> {
-        let unix_seconds = self.started.saturating_add(now.as_nanos()) / 1_000_000_000;
-        let vm = self.vm.as_mut()?;
-        let mut ready = Ok(());
-        if self.policy != Some(policy) {
-            self.policy = Some(policy);
-            ready = vm
-                .apply(self.policies[usize::from(policy)].spec(), unix_seconds)
-                .map(drop);
-        } else if vm.next_expiry().is_some_and(|due| due <= unix_seconds) {
-            ready = vm.expire(unix_seconds).map(drop);
-        }
-        Some(match ready.and_then(|()| vm.run(frame)) {
-            Err(_) => Seen::Failed,
-            Ok(verdict) => match verdict.action {
-                Action::Pass => Seen::Passed,
-                Action::Drop => Seen::Dropped(verdict.rule),
-            },
+impl Filter {
+    pub(super) fn new(kind: Prefiltering, policies: &Arc<[Arc<Policy>]>) -> Result<Self, Error> {
+        Ok(Self {
+            program: Program::new(kind)?,
+            policies: Arc::clone(policies),
+            policy: None,
+            started: 0,
         })
     }
+
+    /// Has the program look at a frame, with the lists of `policy` as they stand at `now`. `None` where it cannot be
+    /// asked.
+    pub(super) fn look(&mut self, policy: u16, now: Timestamp, frame: &[u8]) -> Option<Seen> {
+        let unix_seconds = self.started.saturating_add(now.as_nanos()) / 1_000_000_000;
+        let is_new = self.policy.replace(policy) != Some(policy);
+        let lists = is_new.then(|| &*self.policies[usize::from(policy)]);
+        let judged = match &mut self.program {
+            Program::Vm(vm) => judge(vm, lists, unix_seconds, frame),
+            #[cfg(feature = "kernel")]
+            Program::Kernel(kernel) => judge(kernel, lists, unix_seconds, frame),
+            Program::Off => return None,
+        };
+        match judged {
+            Ok(seen) => Some(seen),
+            #[cfg(feature = "kernel")]
+            Err(Error::Kernel(KernelError::FrameLength { .. })) => None,
+            Err(_) => Some(Seen::Failed),
+        }
+    }
+}
+
+/// Brings lists up to date, and runs the program.
+fn judge<B: Backend>(
+    prefilter: &mut Prefilter<B>,
+    lists: Option<&Policy>,
+    unix_seconds: u64,
+    frame: &[u8],
+) -> Result<Seen, Error> {
+    if let Some(policy) = lists {
+        prefilter.apply(policy.spec(), unix_seconds)?;
+    } else if prefilter.next_expiry().is_some_and(|due| due <= unix_seconds) {
+        prefilter.expire(unix_seconds)?;
+    }
+    let verdict = prefilter.run(frame)?;
+    Ok(match verdict.action {
+        Action::Pass => Seen::Passed,
+        Action::Drop => Seen::Dropped(verdict.rule),
+    })
 }
 
 impl Counts {

@@ -15,7 +15,7 @@ use super::card::{Card, Refused};
 use super::datagram::DatagramFlow;
 use super::host::Host;
 use super::item::{Cause, Counts, Item, Judged, Packet, Record, Reply, Verdict, What};
-use super::prefilter::{Filter, Prefiltering, Seen};
+use super::prefilter::{Filter, Seen};
 use super::repair::{self, Checksums, Soundness};
 use super::roles::{Begins, Place};
 use super::stage::{Flow, Stage, Wanted};
@@ -41,7 +41,6 @@ pub(super) struct Setup {
     pub(super) midstream: Midstream,
     pub(super) wanted: Wanted,
     pub(super) journal: bool,
-    pub(super) prefilter: Prefiltering,
     /// When the first packet was captured, in nanoseconds since the Unix epoch.
     pub(super) started: u64,
     /// Changes a packet that the engine sends; `true` loses it.

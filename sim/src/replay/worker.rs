@@ -1,7 +1,7 @@
 //! A worker: some of the shards, in a thread.
 
+use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, SyncSender};
-use std::sync::{Arc, OnceLock};
 
 use tungate_engine::{ShardId, Timestamp};
 
@@ -12,13 +12,14 @@ use super::shard::{Setup, Shard};
 
 /// Plays the items of every `jobs`-th shard.
 pub(super) struct Worker<'a> {
-    index: usize,
-    jobs: usize,
-    setup: &'a Setup,
-    started: &'a OnceLock<u64>,
-    work: Receiver<Box<Batch>>,
-    found: SyncSender<Box<Batch>>,
-    reply: SyncSender<Reply>,
+    pub(super) index: usize,
+    pub(super) jobs: usize,
+    pub(super) setup: &'a Setup,
+    pub(super) filter: Filter,
+    pub(super) started: &'a OnceLock<u64>,
+    pub(super) work: Receiver<Box<Batch>>,
+    pub(super) found: SyncSender<Box<Batch>>,
+    pub(super) reply: SyncSender<Reply>,
 }
 
 /// What a worker comes to.
@@ -28,30 +29,9 @@ pub(super) struct Done {
 }
 
 impl<'a> Worker<'a> {
-    pub(super) fn new(
-        index: usize,
-        jobs: usize,
-        setup: &'a Setup,
-        started: &'a OnceLock<u64>,
-        work: Receiver<Box<Batch>>,
-        found: SyncSender<Box<Batch>>,
-        reply: SyncSender<Reply>,
-    ) -> Self {
-        Self {
-            index,
-            jobs,
-            setup,
-            started,
-            work,
-            found,
-            reply,
-        }
-    }
-
     /// Works until the capture is over, or nobody is there any more to work for.
-    pub(super) fn run(self) -> Done {
+    pub(super) fn run(mut self) -> Done {
         let mut shards: Vec<Shard> = Vec::new();
-        let mut filter = Filter::new(self.setup.prefilter, Arc::clone(&self.setup.policies), 0);
         let mut output = Output::default();
         while let Ok(mut batch) = self.work.recv() {
             if shards.is_empty() {
@@ -60,8 +40,8 @@ impl<'a> Worker<'a> {
                     started,
                     ..self.setup.clone()
                 };
+                self.filter.started = started;
                 let own = (self.index as u8..SHARDS).step_by(self.jobs);
-                filter = Filter::new(setup.prefilter, Arc::clone(&setup.policies), started);
                 shards = own.map(|shard| Shard::new(ShardId(shard), &setup)).collect();
             }
             let mut answer = None;
@@ -69,7 +49,7 @@ impl<'a> Worker<'a> {
             for item in items.iter() {
                 let shard = &mut shards[usize::from(item.shard.0) / self.jobs];
                 std::mem::swap(&mut output, &mut shard.stage.output);
-                answer = shard.play(item, bytes, &mut filter);
+                answer = shard.play(item, bytes, &mut self.filter);
                 std::mem::swap(&mut output, &mut shard.stage.output);
             }
             match batch.end {
