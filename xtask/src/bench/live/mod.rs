@@ -29,6 +29,7 @@ use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
 use self::contender::{Contender, find};
+use self::namespace::make_mounts_private;
 use self::process::{Process, catch_interrupts, check_interrupt};
 use self::scenario::Scenario;
 use self::stage::{Stage, Tools};
@@ -133,6 +134,7 @@ pub(super) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         scratch: scratch.path().to_owned(),
     };
     catch_interrupts()?;
+    make_mounts_private()?;
     nix::sys::prctl::set_child_subreaper(true).context("cannot adopt orphans")?;
     let out = options.out.clone().map_or_else(|| folder(workspace), Ok)?;
     fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;

@@ -5,20 +5,34 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 
 use super::process::check_interrupt;
 
+const NONE: Option<&str> = None;
+
+/// Gives this process, and those it starts, mounts of their own, which go with them.
+pub(super) fn make_mounts_private() -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)
+        .and_then(|()| mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE))
+        .context("cannot make a mount namespace")
+}
+
 /// A network namespace; it goes when this value and the last process in it are gone.
-pub(super) struct Namespace(File);
+pub(super) struct Namespace {
+    file: File,
+    /// Where it is mounted.
+    mount: Option<PathBuf>,
+}
 
 impl Namespace {
     pub(super) fn new() -> Result<Self> {
@@ -27,7 +41,10 @@ impl Namespace {
             File::open("/proc/thread-self/ns/net")
         };
         let file = thread::scope(|scope| scope.spawn(open).join().expect("the thread does not panic"));
-        let namespace = Self(file.context("cannot make a network namespace")?);
+        let namespace = Self {
+            file: file.context("cannot make a network namespace")?,
+            mount: None,
+        };
         for (key, value) in [
             // Addresses that are still being checked for duplicates would delay everything by a second.
             ("ipv6/conf/default/accept_dad", "0"),
@@ -45,15 +62,36 @@ impl Namespace {
         Ok(namespace)
     }
 
+    /// Makes one with a file at `path` for programs that give up the right to look into this process.
+    pub(super) fn mounted(path: PathBuf) -> Result<Self> {
+        let mut namespace = Self::new()?;
+        File::create(&path)
+            .and_then(|_| {
+                Ok(mount(
+                    Some(&*namespace.path()),
+                    &path,
+                    NONE,
+                    MsFlags::MS_BIND,
+                    NONE,
+                )?)
+            })
+            .with_context(|| format!("cannot mount a network namespace at {}", path.display()))?;
+        namespace.mount = Some(path);
+        Ok(namespace)
+    }
+
     /// Where others find it, as long as this process lives.
     pub(super) fn path(&self) -> String {
-        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
+        match &self.mount {
+            Some(path) => path.display().to_string(),
+            None => format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd()),
+        }
     }
 
     /// A command that will run in the namespace, away from the terminal's signals, and end with this process.
     pub(super) fn command(&self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new(program.as_ref());
-        let namespace = self.0.as_raw_fd();
+        let namespace = self.file.as_raw_fd();
         command.stdin(Stdio::null()).process_group(0);
         let prepare = move || {
             // SAFETY: the descriptor is open in the parent, which waits for the child to get past this.
@@ -112,7 +150,7 @@ impl Namespace {
     /// Calls `work` on a thread in the namespace.
     fn enter<T: Send>(&self, work: impl FnOnce() -> std::io::Result<T> + Send) -> Result<T> {
         let there = || {
-            setns(&self.0, CloneFlags::CLONE_NEWNET)?;
+            setns(&self.file, CloneFlags::CLONE_NEWNET)?;
             work()
         };
         let done = thread::scope(|scope| scope.spawn(there).join().expect("the thread does not panic"));
@@ -137,6 +175,15 @@ impl Namespace {
                 }
                 Err(_) => thread::sleep(Duration::from_millis(20)),
             }
+        }
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        if let Some(path) = &self.mount {
+            let _ = umount2(path, MntFlags::MNT_DETACH);
+            let _ = fs::remove_file(path);
         }
     }
 }

@@ -74,11 +74,11 @@ impl<'a> Stage<'a> {
         appliance.ip("-6 route add default via fd82::2")?;
         for number in 1..=TARGETS {
             server.ip(&format!("address add 192.0.2.{number}/32 dev lo"))?;
-            server.ip(&format!("address add 2001:db8::{number}/128 dev lo nodad"))?;
+            server.ip(&format!("address add 2001:db8::{number:x}/128 dev lo nodad"))?;
         }
         let client = match join {
             Join::Local => None,
-            Join::Attached => Some(Namespace::new()?),
+            Join::Attached => Some(Namespace::mounted(tools.scratch.join("client.netns"))?),
             Join::Routed => {
                 let client = Namespace::new()?;
                 connect(&appliance, DOWNLINK, 81, 1, &client, "c0", 81, 2)?;
