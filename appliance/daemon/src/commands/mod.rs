@@ -21,6 +21,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use tungate_config::{Diagnostics, Loaded, load};
 
+pub(crate) use self::prefilter::local_addresses;
 pub(crate) use self::run::{capture_of, closed, create_journal, explain_device, report, runtime};
 use crate::cli::{Arguments, Command};
 use crate::worker;

@@ -82,6 +82,9 @@ fn dry_run(arguments: &cli::Run, loaded: &Loaded) -> Result<ExitCode> {
         loaded.engine.mtu
     );
     let capture = capture_of(arguments, loaded);
+    for interface in &loaded.prefilter.interfaces {
+        println!("tungate prefilter attach {interface}");
+    }
     for change in capture.preparation().iter().chain(&capture.rules()) {
         println!("{change}");
     }

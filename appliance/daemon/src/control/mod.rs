@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use tungate_engine::policy::ListEntry;
 
 pub(crate) use self::client::{Client, Unreachable};
-pub(crate) use self::lists::{ListChange, Lists};
+pub(crate) use self::lists::{ListChange, Lists, entry_key};
 pub(crate) use self::server::{Asked, Current, Server};
 pub(crate) use self::socket::{Socket, remove_leftover, usual_path};
 use crate::driver::RuleCounts;

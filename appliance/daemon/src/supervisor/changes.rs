@@ -138,6 +138,7 @@ impl Running<'_> {
         };
         let marks = marks(&egresses);
         setup.make(self.capture.rules_of_marks(&marks)).await?;
+        self.prefilters.change(&self.lists.entries, &lists.entries)?;
         self.allowed.add(&egresses);
         let order = Order::Replace(Ways {
             policy,
@@ -166,6 +167,10 @@ impl Running<'_> {
             Ok(changed) => changed,
             Err(missing) => return Ok(Err(Refused::no_entries(&missing))),
         };
+        if let Err(error) = self.prefilters.change(&self.lists.entries, &lists.entries) {
+            tracing::error!("the lists stay as they were: {error:#}");
+            return Ok(Err(Refused::new(ErrorKind::Failed, format!("{error:#}"))));
+        }
         self.worker.tell(&Order::Change(change)).await?;
         self.replaced().await?;
         self.lists = lists;
@@ -188,9 +193,11 @@ impl Running<'_> {
     }
 
     fn report(&mut self) -> Report {
-        Report {
+        let mut report = Report {
             configuration: self.configuration.map(|path| path.display().to_string()),
             ..Report::default()
-        }
+        };
+        self.prefilters.report(&mut report);
+        report
     }
 }

@@ -9,6 +9,7 @@
 //! operator prefers traffic to go its usual way, everything is undone.
 
 mod changes;
+mod prefilter;
 mod process;
 mod signals;
 mod sockets;
@@ -23,6 +24,7 @@ use sd_notify::NotifyState;
 use tokio::time::{Interval, MissedTickBehavior, interval, timeout};
 use tungate_config::{Control, Egress, Loaded, Prefilter};
 
+use self::prefilter::Prefilters;
 use self::process::Process;
 use self::signals::{Request, Signals};
 use self::sockets::Allowed;
@@ -95,6 +97,7 @@ async fn supervise(
     setup.make(capture.preparation()).await?;
     let allowed = Allowed::by(&loaded.egresses);
     let line = sockets::serve(allowed.clone()).context("cannot serve the relaying process")?;
+    let prefilters = Prefilters::attach(&loaded.prefilter, &loaded.policy, &arguments.from)?;
     let mut control = Socket::open(&loaded.control)?;
     let settings = Lasting {
         engine: loaded.engine.clone(),
@@ -159,6 +162,7 @@ async fn supervise(
         allowed,
         capture,
         lists,
+        prefilters,
         worker,
         asked: VecDeque::new(),
         watchdog: Watchdog::new(),
@@ -176,6 +180,7 @@ struct Running<'a> {
     allowed: Allowed,
     capture: Capture,
     lists: Lists,
+    prefilters: Prefilters,
     worker: Process,
     /// What the worker has asked while it was waited for something else.
     asked: VecDeque<(u64, Ask)>,
@@ -209,6 +214,7 @@ impl Running<'_> {
                     Request::Reload => self.reload_by_signal(setup).await,
                 },
                 () = self.watchdog.due() => self.worker.tell(&Order::Check).await?,
+                () = self.prefilters.due() => self.prefilters.tick(),
                 news = self.worker.next() => self.take_note(news?),
             }
         }
@@ -245,9 +251,12 @@ impl Running<'_> {
                     return;
                 }
             }
-            match self.worker.next().await {
-                Ok(News::Drained) | Err(_) => return,
-                Ok(news) => self.take_note(news),
+            tokio::select! {
+                () = self.prefilters.due() => self.prefilters.tick(),
+                news = self.worker.next() => match news {
+                    Ok(News::Drained) | Err(_) => return,
+                    Ok(news) => self.take_note(news),
+                },
             }
         }
     }

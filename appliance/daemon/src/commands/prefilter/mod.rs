@@ -20,8 +20,8 @@ use tungate_config::{Progress, list_file, parse_list};
 use tungate_engine::policy::ListEntry;
 use tungate_prefilter::kernel::KernelError;
 
-pub(crate) use self::attachment::remove_leftovers;
 use self::attachment::{Attachment, same, unix_time};
+pub(crate) use self::attachment::{local_addresses, remove_leftovers};
 use super::Rendered;
 use crate::cli::{Prefilter, PrefilterTarget};
 
