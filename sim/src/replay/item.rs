@@ -56,7 +56,7 @@ pub(super) struct Batch {
     pub(super) until: Timestamp,
     pub(super) end: End,
     /// What the worker has found, on the way back.
-    pub(super) output: Output,
+    pub(super) output: Box<Output>,
 }
 
 impl Batch {

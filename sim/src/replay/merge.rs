@@ -87,7 +87,7 @@ impl<'a> Merge<'a> {
         if self.wanted.emitted || self.wanted.lines {
             let mut shown: Vec<(&Shown, &Output)> = found
                 .iter()
-                .flat_map(|batch| batch.output.shown.iter().map(|shown| (shown, &batch.output)))
+                .flat_map(|batch| batch.output.shown.iter().map(|shown| (shown, &*batch.output)))
                 .collect();
             shown.sort_by_key(|(shown, _)| shown.moment);
             for (shown, output) in shown {

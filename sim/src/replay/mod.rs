@@ -154,7 +154,7 @@ pub struct Outcome {
     pub by_rule: BTreeMap<String, u64>,
     /// Dropped packets by reason.
     pub by_reason: BTreeMap<&'static str, u64>,
-    /// SHA-256, in hex, over everything that left the engines.
+    /// BLAKE3, in hex, over everything that left the engines.
     pub digest: String,
     /// Where the capture could not be read on, and why.
     pub damaged: Option<Damage>,

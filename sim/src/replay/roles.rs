@@ -15,7 +15,7 @@
 //! see to it that memory is given back.
 
 use std::collections::VecDeque;
-use std::hash::BuildHasher;
+use std::hash::{BuildHasher, Hash, Hasher};
 use std::net::{IpAddr, SocketAddr};
 
 use foldhash::fast::FixedState;
@@ -147,27 +147,71 @@ struct Slots {
     used: u32,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Key {
-    /// The lower endpoint first.
-    Tcp(SocketAddr, SocketAddr),
-    Udp {
-        client: SocketAddr,
-        target: SocketAddr,
-    },
+/// What a conversation is found by: its endpoints as numbers, which are compared and hashed at one go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Key {
+    addresses: (u128, u128),
+    /// Ports, and what the endpoints have in common.
+    rest: u64,
+}
+
+impl Key {
+    /// Of both directions.
+    fn tcp(one: SocketAddr, other: SocketAddr) -> Self {
+        let (one, other) = ((number(one.ip()), one.port()), (number(other.ip()), other.port()));
+        Self::new(1, one.min(other), one.max(other))
+    }
+
+    fn udp(client: SocketAddr, target: SocketAddr) -> Self {
+        let end = |address: SocketAddr| (number(address.ip()), address.port());
+        Self::new(2, end(client), end(target))
+    }
+
     /// The client's port is the identifier.
-    Echo {
-        client: SocketAddr,
-        target: IpAddr,
-    },
-    /// The lower address first.
-    Pair(IpAddr, IpAddr, u8),
+    fn echo(client: SocketAddr, target: IpAddr) -> Self {
+        Self::new(3, (number(client.ip()), client.port()), (number(target), 0))
+    }
+
+    /// Of both directions.
+    fn pair(one: IpAddr, other: IpAddr, protocol: u8) -> Self {
+        let (low, high) = sorted(one, other);
+        Self::new(4, (number(low), protocol.into()), (number(high), 0))
+    }
+
+    fn new(kind: u64, (first, first_port): (u128, u16), (second, second_port): (u128, u16)) -> Self {
+        Self {
+            addresses: (first, second),
+            rest: kind << 32 | u64::from(first_port) << 16 | u64::from(second_port),
+        }
+    }
+
+    fn is_tcp(&self) -> bool {
+        self.rest >> 32 == 1
+    }
+}
+
+impl Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u128(self.addresses.0);
+        state.write_u128(self.addresses.1);
+        state.write_u64(self.rest);
+    }
+}
+
+/// An address as a number. IPv4 addresses stand where no IPv6 address does that could be on a network: those that begin
+/// with zeros and `0xfffe` are not assigned.
+fn number(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(address) => 0xfffe_0000_0000 | u128::from(address.to_bits()),
+        IpAddr::V6(address) => address.to_bits(),
+    }
 }
 
 struct Conversation {
     key: Key,
     generation: u32,
     client: SocketAddr,
+    target: IpAddr,
     place: Place,
     last: u64,
     silence: Silence,
@@ -274,10 +318,7 @@ impl Roles {
             }
             Facts::EchoReply { identifier } => {
                 let client = SocketAddr::new(destination, identifier);
-                let key = Key::Echo {
-                    client,
-                    target: source,
-                };
+                let key = Key::echo(client, source);
                 match self.find(now, &key) {
                     Some(index) => Role::Target(self.touch(now, index)),
                     None => self.pair(now, source, destination, icmp_number(source), owner),
@@ -326,7 +367,7 @@ impl Roles {
         };
         let (source, destination) = endpoints(source, destination, ports);
         let (key, from_client) = match protocol {
-            6 => (Key::Tcp(source.min(destination), source.max(destination)), None),
+            6 => (Key::tcp(source, destination), None),
             17 => {
                 let endpoint = self
                     .endpoint(destination)
@@ -337,7 +378,7 @@ impl Roles {
                 } else {
                     (source, destination)
                 };
-                (Key::Udp { client, target }, Some(!to_client))
+                (Key::udp(client, target), Some(!to_client))
             }
             _ => return (guess, None),
         };
@@ -416,11 +457,7 @@ impl Roles {
         (flags, sequence, acknowledgment): (TcpFlags, u32, u32),
         owner: impl FnOnce(SocketAddr) -> ShardId,
     ) -> Role {
-        let key = if source <= destination {
-            Key::Tcp(source, destination)
-        } else {
-            Key::Tcp(destination, source)
-        };
+        let key = Key::tcp(source, destination);
         let is_syn = flags.syn() && !flags.ack();
         let is_syn_ack = flags.syn() && flags.ack();
         let found = self.find(now, &key);
@@ -535,7 +572,7 @@ impl Roles {
         } else {
             Silence::Udp
         };
-        let key = Key::Udp { client, target };
+        let key = Key::udp(client, target);
         let index = match self.find(now, &key) {
             Some(index) => index,
             None => {
@@ -608,7 +645,7 @@ impl Roles {
         if !self.counts(client.ip()) {
             return self.pair(now, client.ip(), target, icmp_number(target), owner);
         }
-        let key = Key::Echo { client, target };
+        let key = Key::echo(client, target);
         let index = match self.find(now, &key) {
             Some(index) => index,
             None => {
@@ -633,20 +670,10 @@ impl Roles {
         receiver: (IpAddr, u16),
     ) -> Option<Role> {
         let (sender, receiver) = (SocketAddr::from(sender), SocketAddr::from(receiver));
-        let udp = |client, target| Key::Udp { client, target };
         let (key, other) = match protocol {
-            6 => (Key::Tcp(sender.min(receiver), sender.max(receiver)), None),
-            17 => (udp(sender, receiver), Some(udp(receiver, sender))),
-            1 | 58 => {
-                let target = receiver.ip();
-                (
-                    Key::Echo {
-                        client: sender,
-                        target,
-                    },
-                    None,
-                )
-            }
+            6 => (Key::tcp(sender, receiver), None),
+            17 => (Key::udp(sender, receiver), Some(Key::udp(receiver, sender))),
+            1 | 58 => (Key::echo(sender, receiver.ip()), None),
             _ => return None,
         };
         let index = self.find(now, &key).or_else(|| self.find(now, &other?))?;
@@ -667,8 +694,7 @@ impl Roles {
         protocol: u8,
         owner: impl FnOnce(SocketAddr) -> ShardId,
     ) -> Role {
-        let (low, high) = sorted(source, destination);
-        let key = Key::Pair(low, high, protocol);
+        let key = Key::pair(source, destination, protocol);
         let index = match self.find(now, &key) {
             Some(index) => index,
             None => {
@@ -743,6 +769,7 @@ impl Roles {
             key,
             generation: 0,
             client: begins.client,
+            target: begins.target.ip(),
             place: Place { shard, slot, flow },
             last: now,
             silence,
@@ -774,7 +801,8 @@ impl Roles {
     fn remove(&mut self, now: u64, index: u32) {
         let conversation = &mut self.conversations[index as usize];
         conversation.generation += 1;
-        let (key, place, client) = (conversation.key, conversation.place, conversation.client);
+        let (key, place) = (conversation.key, conversation.place);
+        let (client, target) = (conversation.client.ip(), conversation.target);
         let conversations = &self.conversations;
         let found = self.by_key.find_entry(self.hasher.hash_one(key), |at| {
             *at == index && conversations[*at as usize].key == key
@@ -785,20 +813,12 @@ impl Roles {
             shard: place.shard,
             slot: place.slot,
         };
-        if matches!(key, Key::Tcp(..)) {
+        if key.is_tcp() {
             self.retired.push_back((now.saturating_add(GRACE), gone));
         } else {
             self.gone.push(gone);
         }
-        let other = match key {
-            Key::Tcp(low, high) if client == low => high.ip(),
-            Key::Tcp(low, _) => low.ip(),
-            Key::Udp { target, .. } => target.ip(),
-            Key::Echo { target, .. } => target,
-            Key::Pair(low, high, _) if client.ip() == low => high,
-            Key::Pair(low, ..) => low,
-        };
-        self.remove_pair(client.ip(), other);
+        self.remove_pair(client, target);
     }
 
     fn settle_silence(&mut self, now: u64, index: u32, silence: Silence) {

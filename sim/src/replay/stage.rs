@@ -70,7 +70,8 @@ pub(super) struct Stage {
     pub(super) policies: Arc<[Arc<Policy>]>,
     pub(super) policy: u16,
     pub(super) wanted: Wanted,
-    pub(super) output: Output,
+    /// Boxed, as it changes hands with every item.
+    pub(super) output: Box<Output>,
     buffer: Vec<u8>,
     lent: usize,
     #[cfg(test)]
@@ -95,7 +96,7 @@ impl Stage {
             policies: Arc::clone(&setup.policies),
             policy: 0,
             wanted: setup.wanted,
-            output: Output::default(),
+            output: Box::default(),
             buffer: vec![0; 1 << 16],
             lent: 0,
             #[cfg(test)]

@@ -32,7 +32,7 @@ impl<'a> Worker<'a> {
     /// Works until the capture is over, or nobody is there any more to work for.
     pub(super) fn run(mut self) -> Done {
         let mut shards: Vec<Shard> = Vec::new();
-        let mut output = Output::default();
+        let mut output: Box<Output> = Box::default();
         while let Ok(mut batch) = self.work.recv() {
             if shards.is_empty() {
                 let started = self.started.get().copied().unwrap_or(0);
@@ -97,7 +97,7 @@ impl<'a> Worker<'a> {
 }
 
 /// Does something with each shard; what it finds goes to one output.
-fn on_all(shards: &mut [Shard], output: &mut Output, mut each: impl FnMut(&mut Shard)) {
+fn on_all(shards: &mut [Shard], output: &mut Box<Output>, mut each: impl FnMut(&mut Shard)) {
     for shard in shards {
         std::mem::swap(output, &mut shard.stage.output);
         each(shard);

@@ -13,16 +13,24 @@ pub(super) struct Removed {
     pub(super) authentication: bool,
 }
 
-/// A captured segment whose header is being changed.
+/// A captured segment whose header is being changed. [`Header::finish`] sees to its checksum.
 pub(super) struct Header<'a> {
     /// From the TCP header on, with a sound header length.
     bytes: &'a mut [u8],
+    /// Length of the header.
+    len: usize,
+    /// The sum of the header before its first change.
+    before: Option<u16>,
 }
 
 impl<'a> Header<'a> {
     /// Takes the TCP header at the start of `bytes`, which was parsed before.
     pub(super) fn new(bytes: &'a mut [u8]) -> Self {
-        Self { bytes }
+        Self {
+            len: usize::from(bytes[12] >> 4) * 4,
+            bytes,
+            before: None,
+        }
     }
 
     pub(super) fn set_acknowledgment(&mut self, number: u32) {
@@ -37,7 +45,7 @@ impl<'a> Header<'a> {
     /// selective acknowledgments.
     pub(super) fn clean_options(&mut self, mut map: impl FnMut(u32) -> u32) -> Removed {
         let mut removed = Removed::default();
-        let end = usize::from(self.bytes[12] >> 4) * 4;
+        let end = self.len;
         let mut at = 20;
         while at < end {
             let len = match self.bytes[at] {
@@ -70,18 +78,22 @@ impl<'a> Header<'a> {
         removed
     }
 
-    /// Writes `new` at `at`.
-    fn replace(&mut self, at: usize, new: &[u8]) {
-        if self.bytes[at..at + new.len()] == *new {
-            return;
-        }
-        let words = at & !1..(at + new.len()).next_multiple_of(2);
-        let before = checksum::sum(&self.bytes[words.clone()]);
-        self.bytes[at..at + new.len()].copy_from_slice(new);
-        let after = checksum::sum(&self.bytes[words]);
+    /// Adjusts the checksum to what has been changed.
+    pub(super) fn finish(self) {
+        let Some(before) = self.before else { return };
+        let after = checksum::sum(&self.bytes[..self.len]);
         let field = &mut self.bytes[CHECKSUM..CHECKSUM + 2];
         let sum = checksum::update(u16::from_be_bytes([field[0], field[1]]), before, after);
         field.copy_from_slice(&sum.to_be_bytes());
+    }
+
+    /// Writes `new` at `at`.
+    fn replace(&mut self, at: usize, new: &[u8]) {
+        let (header, place) = (&self.bytes[..self.len], at..at + new.len());
+        if header[place.clone()] != *new {
+            self.before.get_or_insert_with(|| checksum::sum(header));
+            self.bytes[place].copy_from_slice(new);
+        }
     }
 }
 
@@ -173,6 +185,7 @@ mod tests {
             header.set_acknowledgment(acknowledgment);
             header.set_window(window);
             header.clean_options(|_| edge);
+            header.finish();
             prop_assert_eq!(sum(&bytes), total);
             prop_assert_eq!(&bytes[8..12], acknowledgment.to_be_bytes());
             prop_assert_eq!(&bytes[14..16], window.to_be_bytes());
@@ -187,7 +200,9 @@ mod tests {
         options.extend_from_slice(&[3; 16]);
         options.extend_from_slice(&[1, 1]);
         let mut bytes = segment(&options, 77);
-        let removed = Header::new(&mut bytes).clean_options(|edge| edge);
+        let mut header = Header::new(&mut bytes);
+        let removed = header.clean_options(|edge| edge);
+        header.finish();
         assert!(removed.authentication);
         assert_eq!(&bytes[20..40], [1; 20]);
         assert_eq!(sum(&bytes), 77);
