@@ -238,7 +238,7 @@ fn one_flow_buffers_no_more_than_its_limit() {
         // And nothing of it is lost.
         client.set_reading(true);
         rig.converse(&mut client);
-        assert_eq!(client.received(), capacity.into());
+        assert_eq!(client.received(), u64::from(capacity));
         assert_eq!(rig.read_all(flow) as u64, taken);
     }
 }

@@ -7,7 +7,7 @@ use tungate_engine::packet::segments;
 use tungate_engine::policy::{
     Action, ListAction, ListEntry, ListProtocol, PolicySpec, Rule, RuleMatch, RuleRef,
 };
-use tungate_engine::{CloseReason, DropReason, Event, FlowId, Input, Judgement, Policy, Protocol};
+use tungate_engine::{CloseReason, DropReason, Event, FlowId, Input, Judgement, Policy, Protocol, Timestamp};
 
 use super::evidence::Line;
 use super::ledger::{Circumstances, Record};
@@ -72,6 +72,10 @@ impl World {
     /// Gives the engine a packet from a client.
     pub(super) fn feed(&mut self, parcel: &Parcel) {
         self.evidence.note(self.now, Line::Packet(parcel.packet.clone()));
+        if let Some(tap) = &mut self.tapped {
+            tap.at(self.now.since(Timestamp::ZERO))
+                .packet(parcel.packet.clone());
+        }
         if parcel.is_reset
             && let Some((client, _)) = parcel.attempt
         {
@@ -146,6 +150,9 @@ impl World {
                             "a packet of {} bytes",
                             packet.len()
                         );
+                        if let Some(tap) = &mut self.tapped {
+                            tap.at(self.now.since(Timestamp::ZERO)).packet(packet.to_vec());
+                        }
                         if protocol == 6 {
                             self.link.send(self.now, Delivery::ToClient(packet.to_vec()));
                         } else if let Some(message) = self.reader.read(packet) {

@@ -31,6 +31,7 @@ use crate::client::{End, Shape, TcpClient};
 use crate::packet::{Message, Options, Reader};
 use crate::pattern::Pattern;
 use crate::recorder::Recorder;
+use crate::script;
 
 pub use self::ledger::Attempt;
 
@@ -73,6 +74,8 @@ pub struct World {
     reader: Reader,
     /// Counts up through the use of sessions, and through datagrams.
     serial: u32,
+    /// What passes the device, if somebody wants to know.
+    tapped: Option<script::Script>,
     evidence: Evidence,
 }
 
@@ -174,6 +177,7 @@ impl World {
             reset: Vec::new(),
             reader: Reader::default(),
             serial: 0,
+            tapped: None,
             evidence,
             setup,
         }
@@ -337,6 +341,38 @@ impl World {
             closed: flow.and_then(|flow| flow.closed),
             flows: flows.len(),
         })
+    }
+
+    /// Captures from now on what passes the device between the clients and the engine.
+    pub fn tap(&mut self) {
+        self.tapped = Some(script::Script::new());
+    }
+
+    /// What was captured since [`World::tap`], also when all was over.
+    ///
+    /// # Panics
+    ///
+    /// If nobody has tapped the device.
+    pub fn capture(&self) -> &script::Script {
+        self.tapped.as_ref().expect("the device is tapped")
+    }
+
+    /// What a client and its target have had to say on its present connection.
+    pub fn said(&self, client: u8) -> (Vec<u8>, Vec<u8>) {
+        let Client { attempt, .. } = self.clients[usize::from(client)]
+            .as_ref()
+            .expect("the client has a connection");
+        let (asks, answers) = patterns(*attempt);
+        let script = &self.scripts[attempt];
+        let bytes = |pattern: Pattern, len: u64| {
+            let mut bytes = vec![0; len as usize];
+            pattern.fill(0, &mut bytes);
+            bytes
+        };
+        (
+            bytes(asks, script.client_sent),
+            bytes(answers, script.upstream_sent),
+        )
     }
 
     /// The kinds of event there have been, with protocol or reason.
