@@ -91,6 +91,15 @@ const STEPS: &[Step] = &[
         },
     },
     Step {
+        name: "closed loop",
+        work: Work::Tests {
+            package: "tungate-tests",
+            folder: "tests",
+            test: "closed_loop",
+            environment: &[("PROPTEST_CASES", Amount::Fixed(2_000))],
+        },
+    },
+    Step {
         name: "second opinion",
         work: Work::Tests {
             package: "tungate-prefilter",

@@ -84,6 +84,9 @@ impl Held {
 
     /// The bytes held from `at` on, up to the end of a piece.
     pub(super) fn from(&self, at: u64) -> &[u8] {
+        if self.is_empty() {
+            return &[];
+        }
         match self.pieces.range(..=at).next_back() {
             Some((held, piece)) => piece.get((at - held) as usize..).unwrap_or_default(),
             None => &[],
@@ -196,8 +199,8 @@ impl Fillers {
 /// in the wrong order.
 const ACKNOWLEDGED_PATIENCE: Duration = Duration::from_millis(200);
 
-/// How long bytes before a FIN are waited for: two retransmissions.
-const FIN_PATIENCE: Duration = Duration::from_secs(3);
+/// How long bytes before a FIN are waited for: six retransmissions, each after twice the time (RFC 6298, section 5.5).
+const FIN_PATIENCE: Duration = Duration::from_secs(64);
 
 /// Missing bytes of a stream, which are waited for before they are filled in.
 #[derive(Debug, Default)]

@@ -89,6 +89,8 @@ pub(super) struct Client {
     pub(super) highest_edge: Option<u64>,
     /// What the client's SYN offers.
     pub(super) offered_shift: Option<u8>,
+    /// The window on it, or on one that was made up.
+    offered_window: u16,
     /// Scale of the captured windows.
     pub(super) captured_shift: u8,
     /// Scale that the engine applies to this client's windows.
@@ -147,6 +149,7 @@ impl Client {
     /// What the SYN says.
     pub(super) fn on_syn(&mut self, window: u16, window_scale: Option<u8>) {
         self.offered_shift = window_scale;
+        self.offered_window = window;
         self.captured_shift = window_scale.unwrap_or(0);
         self.right_edge = SYN + 1 + u64::from(window);
         self.sent = self.sent.max(SYN + 1);
@@ -156,6 +159,7 @@ impl Client {
     pub(super) fn on_adopted(&mut self, scales: Option<bool>) {
         let shift = scales.unwrap_or(true).then_some(UNKNOWN_SHIFT);
         self.offered_shift = shift;
+        self.offered_window = u16::MAX;
         self.captured_shift = shift.unwrap_or(0);
         self.sent = SYN + 1;
         self.highest = SYN + 1;
@@ -188,6 +192,15 @@ impl Client {
         }
     }
 
+    /// The right edge of the window, where everything before `position` has been received. Of a client that was never
+    /// captured acknowledging anything nothing is known but that it went on receiving.
+    fn edge_beyond(&self, position: u64) -> u64 {
+        match self.highest_edge {
+            Some(_) => self.right_edge,
+            None => self.right_edge.max(position + u64::from(self.offered_window)),
+        }
+    }
+
     /// Notes what a captured segment of the client acknowledges.
     pub(super) fn on_captured_ack(&mut self, position: u64, window: u16) {
         self.highest = self.highest.max(position);
@@ -215,7 +228,7 @@ impl Client {
             self.acknowledge_at = None;
         }
         self.wants.acknowledge = false;
-        let window = self.window_field(told, self.right_edge);
+        let window = self.window_field(told, self.edge_beyond(told));
         Some((origin.number(position), peer.number(told), window))
     }
 
@@ -398,7 +411,8 @@ impl Client {
             .payload
             .get((self.received - at) as usize..)
             .unwrap_or_default();
-        let is_window_closed = self.right_edge <= self.received && self.highest <= self.received;
+        let edge = self.edge_beyond(self.received);
+        let is_window_closed = edge <= self.received && self.highest <= self.received;
         if fresh.len() == 1 && is_window_closed && !self.is_settling {
             self.wants.acknowledge = true; // a window probe
             return;
@@ -497,10 +511,19 @@ impl Client {
         }
     }
 
-    /// The client resets the connection: from now on it knows nothing of it.
-    pub(super) fn reset(&mut self) {
+    /// The client is about to send a reset: what comes back at once, such as a challenge (RFC 5961, section 3.2), meets
+    /// one that knows nothing of the connection.
+    pub(super) fn begin_reset(&mut self) {
         self.has_reset = true;
+        self.resend_at = None;
+    }
+
+    /// The client has reset the connection: from now on it knows nothing of it.
+    pub(super) fn reset(&mut self) {
+        self.begin_reset();
+        let challenged = self.wants.reset;
         self.forget();
+        self.wants.reset = challenged;
     }
 
     /// The connection is gone.

@@ -87,6 +87,9 @@ impl Shard {
         let flow = self.stage.tcp(slot).expect("asked of a TCP flow");
         let at = flow.position_of_client(&header);
         let held = flow.hold(&header, at);
+        if header.flags.rst() {
+            flow.client.begin_reset();
+        }
         let judgement = match held {
             None => self.judge(&ip[..header.end], assessed.state()),
             Some(keep) => {
@@ -145,6 +148,7 @@ impl Shard {
             Some(server) => client.translate_edge(server, edge),
             None => edge,
         });
+        header.finish();
         if removed.authentication {
             flow.card.anomalies.add(Anomaly::Authentication);
         }
