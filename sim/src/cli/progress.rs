@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, stderr};
 use std::time::{Duration, Instant};
 
-use indicatif::{HumanCount, ProgressBar, ProgressStyle};
+use indicatif::{HumanCount, HumanDuration, ProgressBar, ProgressStyle};
 
 /// Work shorter than this shows no progress.
 const QUIET: Duration = Duration::from_millis(500);
@@ -35,25 +35,19 @@ impl Progress {
 
     /// So many packets were read, from so many bytes of the file's `size`.
     pub(super) fn at(&mut self, packets: u64, bytes: u64, size: Option<u64>) {
-        if !self.terminal || self.began.elapsed() < QUIET {
+        let elapsed = self.began.elapsed();
+        if !self.terminal || elapsed < QUIET {
             return;
         }
         let bar = self.bar.get_or_insert_with(|| {
             let (bar, template) = match size {
-                Some(size) => (
-                    ProgressBar::new(size),
-                    "{bar:30} {percent:>3} %  {msg} packets, {binary_bytes_per_sec}, {eta} left",
-                ),
-                None => (
-                    ProgressBar::no_length(),
-                    "{spinner} {msg} packets, {binary_bytes_per_sec}",
-                ),
+                Some(size) => (ProgressBar::new(size), "{bar:30} {percent:>3} %  {msg}"),
+                None => (ProgressBar::no_length(), "{spinner} {msg}"),
             };
             let style = ProgressStyle::with_template(template).expect("the template is sound");
             bar.with_style(style.progress_chars("=> ").tick_chars("-\\|/ "))
-                .with_elapsed(self.began.elapsed())
         });
-        bar.set_message(HumanCount(packets).to_string());
+        bar.set_message(message(packets, bytes, size, elapsed));
         bar.set_position(bytes);
     }
 
@@ -77,5 +71,38 @@ impl Progress {
                 self.busy
             );
         }
+    }
+}
+
+/// Such as `188,416 packets, 1,402,331 packets/s, 3 seconds left`.
+fn message(packets: u64, bytes: u64, size: Option<u64>, elapsed: Duration) -> String {
+    let speed = packets as f64 / elapsed.as_secs_f64();
+    let so_far = format!(
+        "{} packets, {} packets/s",
+        HumanCount(packets),
+        HumanCount(speed as u64)
+    );
+    match size {
+        Some(size) if bytes > 0 => {
+            let left = elapsed.mul_f64(size.saturating_sub(bytes) as f64 / bytes as f64);
+            format!("{so_far}, {} left", HumanDuration(left))
+        }
+        Some(_) | None => so_far,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_goes_by_the_whole_speed_so_far() {
+        let text = |bytes, size| message(3_000, bytes, size, Duration::from_secs(2));
+        assert_eq!(
+            text(1_000, Some(3_000)),
+            "3,000 packets, 1,500 packets/s, 4 seconds left"
+        );
+        assert_eq!(text(1_000, None), "3,000 packets, 1,500 packets/s");
+        assert_eq!(text(0, Some(3_000)), "3,000 packets, 1,500 packets/s");
     }
 }

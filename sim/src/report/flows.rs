@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 use tungate_engine::{Protocol, Timestamp};
 
+use super::attempts::{self, Attempts};
 use super::spool::{FlowSpool, StoredFlows};
 use crate::outcome::{FlowRecord, Path, Stream};
 
@@ -22,7 +23,10 @@ pub(super) struct FlowSummary {
     pub(super) by_verdict: BTreeMap<&'static str, u64>,
     pub(super) by_end: BTreeMap<&'static str, u64>,
     pub(super) by_anomaly: BTreeMap<&'static str, u64>,
-    /// Most bytes first; of equals the lower id.
+    /// Floods and scans.
+    #[serde(skip)]
+    pub(super) attempts: Vec<(attempts::Kind, attempts::Group)>,
+    /// Of the others, most bytes first; of equals the lower id.
     #[serde(skip)]
     pub(super) largest: Vec<FlowRecord>,
 }
@@ -31,6 +35,7 @@ pub(super) struct FlowSummary {
 pub(super) struct Flows {
     summary: FlowSummary,
     largest: BinaryHeap<Reverse<BySize>>,
+    attempts: Attempts,
     spool: FlowSpool,
 }
 
@@ -42,6 +47,7 @@ impl Flows {
         Self {
             summary: FlowSummary::default(),
             largest: BinaryHeap::new(),
+            attempts: Attempts::default(),
             spool: FlowSpool::new(),
         }
     }
@@ -56,6 +62,7 @@ impl Flows {
             *summary.by_anomaly.entry(anomaly).or_default() += 1;
         }
         self.spool.push(flow.id, &FlowJson::from(&flow));
+        self.attempts.add(&flow);
         self.largest.push(Reverse(BySize(flow)));
         if self.largest.len() > LARGEST {
             self.largest.pop();
@@ -69,7 +76,10 @@ impl Flows {
     /// As [`FlowSpool::finish`].
     pub(super) fn finish(mut self) -> io::Result<(FlowSummary, StoredFlows)> {
         let largest = self.largest.into_sorted_vec();
-        self.summary.largest = largest.into_iter().map(|Reverse(BySize(flow))| flow).collect();
+        let groups = self.attempts.finish();
+        let largest = largest.into_iter().map(|Reverse(BySize(flow))| flow);
+        self.summary.largest = largest.filter(|flow| !attempts::holds(&groups, flow)).collect();
+        self.summary.attempts = groups;
         Ok((self.summary, self.spool.finish()?))
     }
 }

@@ -6,6 +6,7 @@
 //! terminal. Everything a report prints is the same on every run; times are the capture's own.
 
 mod against;
+mod attempts;
 mod emitted;
 pub mod expect;
 mod explain;
@@ -20,6 +21,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 mod text;
+mod total;
 
 use std::fmt;
 use std::io::{self, Write};
@@ -40,7 +42,8 @@ pub use self::output::OutputError;
 use self::packets::PacketLines;
 use self::rules::RuleNames;
 use self::spool::StoredFlows;
-pub use self::text::{Screen, Total};
+pub use self::text::Screen;
+pub use self::total::Total;
 use crate::outcome::{Emitted, FlowRecord, PacketRecord, Sink, Totals};
 use crate::replay::Outcome;
 

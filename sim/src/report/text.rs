@@ -14,9 +14,8 @@ use unicode_width::UnicodeWidthStr;
 
 use super::against::{Against, Decision, FlowChange, FlowState, PacketChange};
 use super::expect::Mismatch;
-use super::journal::JournalReport;
 use super::packets::Verdict;
-use super::{Facts, Report, explain, table};
+use super::{Facts, Report, attempts, explain, table};
 
 /// How many rules and reasons are listed.
 const LISTED: usize = 12;
@@ -28,7 +27,7 @@ const BOLD: Style = Style::new().bold();
 const DIM: Style = Style::new().dimmed();
 const GOOD: Style = AnsiColor::Green.on_default();
 const BAD: Style = AnsiColor::Red.on_default().bold();
-const NOTABLE: Style = AnsiColor::Yellow.on_default();
+pub(super) const NOTABLE: Style = AnsiColor::Yellow.on_default();
 
 /// What a report is printed on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -37,20 +36,6 @@ pub struct Screen {
     pub width: Option<usize>,
     /// Whether it shows ANSI colours.
     pub colour: bool,
-}
-
-/// Sums over several captures.
-#[derive(Debug, Default)]
-pub struct Total {
-    captures: u64,
-    journals: u64,
-    damaged: u64,
-    packets: u64,
-    dropped: u64,
-    flows: u64,
-    fidelity: (u64, u64),
-    parity: (u64, u64),
-    differing: u64,
 }
 
 impl Screen {
@@ -93,7 +78,7 @@ impl Screen {
         }
     }
 
-    fn paint(self, style: Style, text: impl Display) -> String {
+    pub(super) fn paint(self, style: Style, text: impl Display) -> String {
         if self.colour {
             format!("{style}{text}{style:#}")
         } else {
@@ -116,60 +101,6 @@ impl Report {
         if let Some(against) = &self.against {
             text.against(against);
         }
-        text.text
-    }
-}
-
-impl Total {
-    /// Adds one capture's report.
-    pub fn add(&mut self, report: &Report) {
-        let totals = &report.facts.outcome.totals;
-        self.captures += 1;
-        self.damaged += u64::from(report.facts.outcome.damaged.is_some());
-        self.packets += totals.read;
-        self.dropped += totals.drop;
-        self.flows += report.flows.count;
-        self.fidelity.0 += totals.fidelity_exact;
-        self.fidelity.1 += totals.fidelity_flows;
-        self.parity.0 += totals.parity_disagreements;
-        self.parity.1 += totals.parity_checked;
-        self.differing += u64::from(report.differs());
-    }
-
-    /// Adds one journal's report, of which little can be summed up.
-    pub fn add_journal(&mut self, report: &JournalReport) {
-        self.journals += 1;
-        self.differing += u64::from(report.differs());
-    }
-
-    /// The sums as text, with the numbers of captures that could not be used and of files that are no captures.
-    pub fn text(&self, screen: Screen, unusable: u64, left_out: u64) -> String {
-        let mut text = Text::new(screen);
-        let mut title = count(self.captures, "capture");
-        if self.journals > 0 {
-            let _ = write!(title, ", {}", count(self.journals, "journal"));
-        }
-        text.title(&title);
-        let mut parts = vec![
-            count(self.packets, "packet"),
-            format!("{} dropped", HumanCount(self.dropped)),
-            count(self.flows, "flow"),
-        ];
-        for (number, word) in [
-            (self.damaged, "damaged"),
-            (unusable, "unusable"),
-            (self.differing, "not as expected"),
-        ] {
-            if number > 0 {
-                parts.push(screen.paint(NOTABLE, format!("{number} {word}")));
-            }
-        }
-        text.item("total", parts.join(", "));
-        if left_out > 0 {
-            text.item("left out", format!("{}: no captures", count(left_out, "file")));
-        }
-        text.fidelity(self.fidelity.0, self.fidelity.1);
-        text.parity(self.parity.0, self.parity.1);
         text.text
     }
 }
@@ -297,19 +228,37 @@ impl Text {
             "flows",
             format!("{protocols}; {}; ended {ends}", counts(&flows.by_verdict)),
         );
-        self.line(String::new());
-        let mut lines = table::flows(&flows.largest, self.screen.width).into_iter();
-        let heading = self.screen.paint(DIM, lines.next().unwrap_or_default());
-        self.line(heading);
-        lines.for_each(|line| self.line(line));
-        match flows.count - flows.largest.len() as u64 {
-            0 => {}
-            more => self.line(format!(
-                "  ... and {} smaller ones; --json lists all",
-                HumanCount(more)
-            )),
+        let grouped: u64 = flows.attempts.iter().map(|(_, group)| group.flows).sum();
+        let others = flows.count - grouped;
+        if others > 0 {
+            self.line(String::new());
+            let mut lines = table::flows(&flows.largest, self.screen.width).into_iter();
+            let heading = self.screen.paint(DIM, lines.next().unwrap_or_default());
+            self.line(heading);
+            lines.for_each(|line| self.line(line));
+            match others - flows.largest.len() as u64 {
+                0 => {}
+                more => self.line(format!(
+                    "  ... and {} smaller ones; --json lists all",
+                    HumanCount(more)
+                )),
+            }
+            self.line(String::new());
         }
-        self.line(String::new());
+        self.attempts(&flows.attempts);
+    }
+
+    /// Floods and scans, a line each.
+    fn attempts(&mut self, groups: &[(attempts::Kind, attempts::Group)]) {
+        let mut label = "attempts";
+        for line in attempts::lines(groups, LISTED) {
+            self.item(std::mem::take(&mut label), line);
+        }
+        self.more(
+            groups.len() as u64,
+            groups.len().min(LISTED),
+            "groups of attempts",
+        );
     }
 
     fn findings(&mut self, report: &Report) {
@@ -338,7 +287,7 @@ impl Text {
         self.item("digest", report.facts.outcome.digest.clone());
     }
 
-    fn fidelity(&mut self, exact: u64, flows: u64) {
+    pub(super) fn fidelity(&mut self, exact: u64, flows: u64) {
         if flows == 0 {
             return self.item("fidelity", "no TCP flow was relayed".to_owned());
         }
@@ -352,7 +301,7 @@ impl Text {
         );
     }
 
-    fn parity(&mut self, disagreements: u64, checked: u64) {
+    pub(super) fn parity(&mut self, disagreements: u64, checked: u64) {
         let packets = count(checked, "client packet");
         let text = match disagreements {
             0 if checked == 0 => "no client packet to compare pre-filter and engine by".to_owned(),
@@ -592,7 +541,7 @@ pub(super) fn bytes(count: u64) -> String {
 }
 
 /// `1 packet`, `2,000 packets`.
-fn count(number: u64, what: &str) -> String {
+pub(super) fn count(number: u64, what: &str) -> String {
     format!(
         "{} {what}{}",
         HumanCount(number),

@@ -65,7 +65,7 @@ fn stream(bytes: u64) -> Stream {
 }
 
 /// A relayed flow that received `id` bytes, begun by packet `id`.
-fn flow(id: u64) -> FlowRecord {
+pub(super) fn flow(id: u64) -> FlowRecord {
     FlowRecord {
         id,
         protocol: Protocol::Tcp,
