@@ -1,12 +1,19 @@
 //! The pre-filter in a replay: it changes where a packet is dropped and nothing else, and its verdicts are those of an
 //! independent reader of list and capture.
 
+#[path = "../../bpf/prefilter/tests/common/model.rs"]
+#[allow(dead_code, reason = "other tests use the rest")]
+mod model;
+
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
+use tungate_engine::policy::{PolicySpec, RuleRef};
+use tungate_prefilter::{Action, Sampling, Vm};
+use tungate_sim::capture::{Capture, LinkType};
 
 /// Seven entries that between them use prefixes, protocols, ports, both actions and both IP versions.
 const LIST: &str = "tests/independent/seven.list";
@@ -195,14 +202,8 @@ fn the_prefilter_changes_the_path_and_nothing_else() {
     );
 }
 
-#[test]
-fn list_verdicts_are_those_of_an_independent_reader() {
-    for program in ["python3", "tshark"] {
-        if !is_there(program) {
-            println!("skipped: there is no {program} to judge captures independently");
-            return;
-        }
-    }
+/// All files of [`folders`] that are captures.
+fn captures() -> Vec<PathBuf> {
     let mut captures = Vec::new();
     for folder in folders() {
         for entry in fs::read_dir(&folder).unwrap() {
@@ -214,6 +215,85 @@ fn list_verdicts_are_those_of_an_independent_reader() {
             }
         }
     }
+    captures
+}
+
+/// A frame as it is, cut, padded, tagged, and with single bytes changed.
+fn variants(frame: &[u8]) -> Vec<Vec<u8>> {
+    let tagged = |tags: usize| {
+        let tag = [0x81, 0x00, 0x00, 0x07];
+        [&frame[..12], &tag.repeat(tags), &frame[12..]].concat()
+    };
+    let mut variants: Vec<_> = [14, 33, 53, frame.len() / 2, frame.len() - 1, frame.len()]
+        .into_iter()
+        .map(|length| frame[..length.min(frame.len())].to_vec())
+        .collect();
+    variants.push([frame, &[0x55; 9]].concat());
+    variants.extend([1, 2, 3].map(tagged));
+    let headers = frame.len().min(80);
+    for change in 0..8 {
+        let mut changed = frame.to_vec();
+        // Spread over the headers in a different way for each frame.
+        let at = (12 + change * 37 + frame.iter().map(|&byte| usize::from(byte)).sum::<usize>()) % headers;
+        changed[at] = changed[at].wrapping_add(1 << change);
+        variants.push(changed);
+    }
+    variants
+}
+
+#[test]
+fn real_packets_and_damaged_ones_are_judged_as_a_scan_of_the_list_does() {
+    const PER_CAPTURE: usize = 200;
+    let list = tungate_config::list_file(&root().join(LIST), &mut |_| ()).unwrap();
+    let policy = PolicySpec {
+        lists: list.entries,
+        ..PolicySpec::default()
+    };
+    let mut vm = Vm::simulated(Sampling::default()).unwrap();
+    vm.apply(&policy, 0).unwrap();
+    let (mut judged, mut dropped) = (0, 0);
+    for path in captures() {
+        let Ok(mut capture) = Capture::open(&path) else {
+            continue;
+        };
+        let mut frames = Vec::new();
+        while let Ok(Some(record)) = capture.next_record() {
+            if record.link_type == LinkType::ETHERNET && record.bytes.len() > 34 {
+                frames.push(record.bytes.to_vec());
+            }
+            if frames.len() == PER_CAPTURE {
+                break;
+            }
+        }
+        for frame in frames.iter().flat_map(|frame| variants(frame)) {
+            let verdict = vm.run(&frame).unwrap();
+            let expected = model::judge(&frame, &policy.lists, 0, &[]);
+            let is_drop = verdict.action == Action::Drop;
+            assert_eq!(
+                (is_drop, verdict.rule),
+                (expected.drop, expected.entry.map(RuleRef::List)),
+                "{}: {frame:02x?}",
+                path.display()
+            );
+            judged += 1;
+            dropped += usize::from(is_drop);
+        }
+    }
+    assert!(
+        judged > 20_000 && dropped > 2_000,
+        "{dropped} of {judged} dropped"
+    );
+}
+
+#[test]
+fn list_verdicts_are_those_of_an_independent_reader() {
+    for program in ["python3", "tshark"] {
+        if !is_there(program) {
+            println!("skipped: there is no {program} to judge captures independently");
+            return;
+        }
+    }
+    let captures = captures();
     let Output { status, stdout, .. } = Command::new("python3")
         .args(["tests/independent/lists.py", env!("CARGO_BIN_EXE_replay"), LIST])
         .args(&captures)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 
 FIELDS = ["frame.number", "frame.protocols", "ip.src", "ip.dst", "ip.proto", "ip.frag_offset", "ipv6.src", "ipv6.dst",
-          "tcp.dstport", "udp.dstport", "ip.bogus_ip_length"]
+          "tcp.dstport", "udp.dstport", "ip.bogus_ip_length", "ip.bogus_header_length", "ipv6.plen", "frame.len"]
 NUMBERS = {"tcp": {6}, "udp": {17}, "icmp": {1, 58}, "any": None}
 PROTOCOL_NAMES = {"tcp": 6, "udp": 17, "icmp": 1, "icmpv6": 58, "sctp": 132, "gre": 47, "ipv6": 41, "ip": 4}
 
@@ -68,6 +68,15 @@ def judge(entries, source, destination, protocol, port):
     return None
 
 
+def lies_about_its_length(row, protocols):
+    """Whether a header promises more than was sent: every host discards such a packet, and no list is asked."""
+    if row["ip.bogus_ip_length"] or row["ip.bogus_header_length"]:
+        return True
+    link = 14 + 4 * protocols.count("vlan") if protocols[0] == "eth" else 0
+    is_outermost = "ipv6" in protocols and "ip" not in protocols[:protocols.index("ipv6")]
+    return is_outermost and bool(row["ipv6.plen"]) and link + 40 + int(row["ipv6.plen"]) > int(row["frame.len"])
+
+
 def packets_by_tshark(capture):
     command = ["tshark", "-n", "-r", capture, "-T", "fields", "-E", "separator=/t", "-E", "occurrence=f",
                "-o", "ip.defragment:FALSE", "-o", "ipv6.defragment:FALSE", "-o", "tcp.desegment_tcp_streams:FALSE"]
@@ -79,11 +88,10 @@ def packets_by_tshark(capture):
     packets = {}
     for line in output.splitlines():
         row = dict(zip(FIELDS, line.split("\t")))
-        if row["ip.bogus_ip_length"]:
-            # The header promises more than was sent: every host discards such a packet, and no list is asked.
+        protocols = row["frame.protocols"].split(":")
+        if lies_about_its_length(row, protocols):
             packets[int(row["frame.number"])] = None
             continue
-        protocols = row["frame.protocols"].split(":")
         source, destination = row["ip.src"], row["ip.dst"]
         if "ip" in protocols and ("ipv6" not in protocols or protocols.index("ip") < protocols.index("ipv6")):
             number = int(row["ip.proto"]) if row["ip.proto"] else None
