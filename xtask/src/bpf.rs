@@ -27,6 +27,17 @@ use crate::workspace::Workspace;
 
 /// The committed object, from the workspace's root.
 const OBJECT: &str = "bpf/program/tungate.bpf.o";
+/// SHA-256 of the object and of all it is made of, as `sha256sum --check` reads it: tells whether anything has changed
+/// since the object was built, without building it.
+const SUMS: &str = "bpf/program/tungate.bpf.o.sha256";
+/// Folders and files the object is made of.
+const SOURCES: [&str; 5] = [
+    "bpf/abi/Cargo.toml",
+    "bpf/abi/src",
+    "bpf/program/Cargo.lock",
+    "bpf/program/Cargo.toml",
+    "bpf/program/src",
+];
 const TARGET: &str = "bpfel-unknown-none";
 const LINKER: &str = "bpf-linker";
 /// `v3` has 32-bit operations and is understood by every kernel with ring buffers.
@@ -35,37 +46,87 @@ const FLAGS: &str = "-Clinker=bpf-linker -Ctarget-cpu=v3 -Cdebuginfo=2 -Clink-ar
 
 /// Builds the object and writes it to its place, or, with `check`, compares it with what is there.
 pub(crate) fn run(workspace: &Workspace, check: bool) -> Result<ExitCode> {
+    if check {
+        return Ok(match compare(workspace)? {
+            Compared::Same => ExitCode::SUCCESS,
+            Compared::Skipped(why) => {
+                println!("bpf: skipped: {why}");
+                ExitCode::SUCCESS
+            }
+            Compared::Different => ExitCode::FAILURE,
+        });
+    }
+    let built = Toolchain::find()?.build(workspace)?;
+    fs::write(workspace.root.join(OBJECT), &built).with_context(|| format!("cannot write {OBJECT}"))?;
+    write_sums(workspace)?;
+    println!(
+        "bpf: {OBJECT}: {} bytes, {} instructions",
+        built.len(),
+        Code::read(&built)?.instructions.len()
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What a comparison of the committed object with its source came to.
+pub(crate) enum Compared {
+    Same,
+    /// What differs has been printed.
+    Different,
+    /// There was none, for this reason.
+    Skipped(String),
+}
+
+fn compare(workspace: &Workspace) -> Result<Compared> {
     let toolchain = match Toolchain::find() {
         Ok(toolchain) => toolchain,
-        Err(missing) if check => {
-            println!("bpf: skipped: {missing}; the committed object was not compared with its source");
-            return Ok(ExitCode::SUCCESS);
+        Err(missing) => {
+            let why = format!("{missing}; the XDP program's object was not compared with its source");
+            return Ok(Compared::Skipped(why));
         }
-        Err(missing) => return Err(missing),
     };
-    let place = workspace.root.join(OBJECT);
     let built = toolchain.build(workspace)?;
-    if !check {
-        fs::write(&place, &built).with_context(|| format!("cannot write {OBJECT}"))?;
-        println!(
-            "bpf: {OBJECT}: {} bytes, {} instructions",
-            built.len(),
-            Code::read(&built)?.instructions.len()
-        );
-        return Ok(ExitCode::SUCCESS);
-    }
-    let committed = fs::read(&place).with_context(|| format!("cannot read {OBJECT}"))?;
+    let committed = fs::read(workspace.root.join(OBJECT)).with_context(|| format!("cannot read {OBJECT}"))?;
     let differences = Code::read(&committed)?.differences(&Code::read(&built)?);
     if differences.is_empty() {
         println!("bpf: {OBJECT} is what its source gives");
-        return Ok(ExitCode::SUCCESS);
+        return Ok(Compared::Same);
     }
     eprintln!(
         "bpf: {OBJECT} is not what its source gives: {}",
         differences.join(", ")
     );
     eprintln!("hint: `cargo xtask bpf` builds it anew; commit the result with the source");
-    Ok(ExitCode::FAILURE)
+    Ok(Compared::Different)
+}
+
+/// Compares the committed object with what its source gives, if either has changed since it was built.
+pub(crate) fn compare_if_changed(workspace: &Workspace) -> Result<Compared> {
+    let status = Command::new("sha256sum")
+        .args(["--check", "--strict", "--status", SUMS])
+        .current_dir(&workspace.root)
+        .stderr(Stdio::null())
+        .status()
+        .context("cannot run sha256sum")?;
+    if status.success() {
+        return Ok(Compared::Skipped(
+            "the XDP program's object was not compared with its source, since neither has changed".to_owned(),
+        ));
+    }
+    compare(workspace)
+}
+
+fn write_sums(workspace: &Workspace) -> Result<()> {
+    let output = Command::new("sh")
+        .arg("-c")
+        .arg(r#"find "$@" -type f | LC_ALL=C sort | xargs sha256sum"#)
+        .arg("sh")
+        .arg(OBJECT)
+        .args(SOURCES)
+        .current_dir(&workspace.root)
+        .output()
+        .context("cannot run sh")?;
+    ensure!(output.status.success(), "sha256sum: {}", output.status);
+    fs::write(workspace.root.join(SUMS), output.stdout).with_context(|| format!("cannot write {SUMS}"))
 }
 
 /// A compiler that comes with its library's source, and the linker.

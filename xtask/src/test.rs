@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use quick_junit::Report;
 
+use crate::bpf::{self, Compared};
 use crate::digests;
 use crate::workspace::Workspace;
 
@@ -49,16 +50,18 @@ enum Step {
     Lints,
     Documentation,
     Examples,
+    Program,
     Digests,
     Tests,
 }
 
 impl Step {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Format,
         Self::Lints,
         Self::Documentation,
         Self::Examples,
+        Self::Program,
         Self::Digests,
         Self::Tests,
     ];
@@ -69,6 +72,7 @@ impl Step {
             Self::Lints => "lints",
             Self::Documentation => "documentation",
             Self::Examples => "documentation examples",
+            Self::Program => "the XDP program's object",
             Self::Digests => "one digest in debug and release",
             Self::Tests => "tests",
         }
@@ -83,6 +87,17 @@ impl Step {
                 .args(["doc", "--workspace", "--no-deps"])
                 .env("RUSTDOCFLAGS", "-Dwarnings"),
             Self::Examples => cargo.args(["test", "--workspace", "--doc", "--quiet"]),
+            Self::Program => {
+                return Ok(match bpf::compare_if_changed(workspace)? {
+                    Compared::Same => true,
+                    Compared::Different => false,
+                    Compared::Skipped(why) => {
+                        println!("{SKIPPED}{why}");
+                        skips.look_at(&format!("{SKIPPED}{why}"), "cargo xtask bpf --check");
+                        true
+                    }
+                });
+            }
             Self::Digests => return Ok(digests_agree(workspace)),
             Self::Tests if has_nextest(workspace) => {
                 return Ok(run_nextest(workspace, cargo, skips)?.success());
