@@ -7,6 +7,7 @@ mod child;
 mod engine;
 mod live;
 pub(crate) mod loss;
+mod prefilter;
 mod replay;
 
 use std::collections::BTreeMap;
@@ -24,6 +25,9 @@ use crate::workspace::Workspace;
 pub(crate) enum Bench {
     /// Nanoseconds per packet and connection, and resident bytes per flow, of the engine alone
     Engine(Options),
+    /// Nanoseconds per packet of the pre-filter beside nftables and ipset, loads and changes of lists, and the virtual
+    /// machine; as root, all of it
+    Prefilter(prefilter::Options),
     /// Packets per second and peak memory of `replay`, beside tshark and tcpdump on the same capture
     Replay(replay::Options),
     /// Goodput, transfer times and fairness over paths that lose packets, beside the kernel's on the same paths
@@ -42,6 +46,7 @@ pub(crate) struct Options {
 pub(crate) fn run(workspace: &Workspace, bench: &Bench) -> Result<ExitCode> {
     match bench {
         Bench::Engine(options) => engine::run(workspace, options),
+        Bench::Prefilter(options) => prefilter::run(workspace, options),
         Bench::Replay(options) => replay::run(workspace, options),
         Bench::Loss(options) => loss::run(workspace, options),
         Bench::Live(options) => live::run(workspace, options),
