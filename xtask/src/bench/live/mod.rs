@@ -89,7 +89,7 @@ pub(crate) struct Options {
 #[derive(Serialize, Deserialize)]
 struct Results {
     machine: Machine,
-    /// When it was measured, as days since 1970-01-01 and as people write it.
+    /// When it was measured, or last added to.
     date: String,
     command: String,
     seconds: f64,
@@ -255,10 +255,14 @@ impl Plan {
         let earlier = results.samples.iter().map(|sample| sample.round).max();
         let first = earlier.map_or(1, |round| round + 1);
         for round in first..first + self.rounds {
+            // Holding connections takes so long that one round has to do.
+            let is_wanted = |workload: &&&Workload| workload.kind != Kind::Hold || round == first;
+            let workloads: Vec<_> = self.workloads.iter().filter(is_wanted).copied().collect();
             for &scenario in &self.scenarios {
                 for &contender in &self.contenders {
                     if contender.takes_part(scenario) {
-                        self.measure(tools, scenario, contender, round, &mut results.samples)?;
+                        let samples = &mut results.samples;
+                        self.measure(tools, scenario, contender, round, &workloads, samples)?;
                     }
                 }
             }
@@ -273,11 +277,12 @@ impl Plan {
         scenario: Scenario,
         contender: Contender,
         round: u32,
+        workloads: &[&Workload],
         samples: &mut Vec<Sample>,
     ) -> Result<()> {
         let mut started = None;
-        for workload in &self.workloads {
-            if !applies(workload.kind, contender, tools, round) {
+        for workload in workloads {
+            if !applies(workload.kind, contender, tools) {
                 continue;
             }
             for _ in 0..TRIES {
@@ -348,15 +353,11 @@ impl Plan {
     }
 }
 
-/// Whether a contender can be asked for this. Holding connections takes so long that one round has to do.
-fn applies(kind: Kind, contender: Contender, tools: &Tools, round: u32) -> bool {
-    if kind.is_datagrams() && !contender.carries_datagrams() {
-        return false;
-    }
-    if kind.needs_http() && (tools.nginx.is_none() || tools.wrk.is_none()) {
-        return false;
-    }
-    kind != Kind::Hold || round == 1
+/// Whether a contender can be asked for this, with the tools that are there.
+fn applies(kind: Kind, contender: Contender, tools: &Tools) -> bool {
+    let is_carried = !kind.is_datagrams() || contender.carries_datagrams();
+    let has_tools = !kind.needs_http() || (tools.nginx.is_some() && tools.wrk.is_some());
+    is_carried && has_tools
 }
 
 fn start<'a>(

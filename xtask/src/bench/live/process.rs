@@ -20,17 +20,13 @@ const LOOK: Duration = Duration::from_millis(5);
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// Makes the first Ctrl-C, or request to end, an error of whatever waits next, so that everything is removed on the
-/// way out. A second one ends this process at once.
+/// Makes Ctrl-C, or a request to end, an error of whatever waits next, so that everything is removed on the way out.
+/// All waits are bounded.
 pub(super) fn catch_interrupts() -> Result<()> {
     extern "C" fn note(_: libc::c_int) {
         INTERRUPTED.store(true, Ordering::Relaxed);
     }
-    let action = SigAction::new(
-        SigHandler::Handler(note),
-        SaFlags::SA_RESETHAND | SaFlags::SA_RESTART,
-        SigSet::empty(),
-    );
+    let action = SigAction::new(SigHandler::Handler(note), SaFlags::SA_RESTART, SigSet::empty());
     for signal in [Signal::SIGINT, Signal::SIGTERM] {
         // SAFETY: the handler only stores into an atomic.
         unsafe { sigaction(signal, &action) }.context("cannot catch signals")?;

@@ -196,7 +196,7 @@ fn nginx_configuration(scratch: &Path) -> Result<PathBuf> {
     let path = scratch.join("nginx.conf");
     let folder = scratch.display();
     let text = format!(
-        "daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/nginx-error.log;
+        "daemon off; master_process off; pid {folder}/nginx.pid; error_log {folder}/nginx-error.log;
 events {{ worker_connections 20000; }}
 http {{
     access_log off; keepalive_requests 100000000;
