@@ -8,13 +8,15 @@
 //! transmit FLOWS PAYLOAD
 //! open FLOWS
 //! memory FLOWS
+//! crowd FLOWS
 //! ```
 //!
 //! *Receive* is a client's data segment, from [`Engine::handle`] to the end of the flush that acknowledges it, with the
 //! driver reading all of it in between: one ACK per packet, the worst case. *Transmit* is a write by the driver, the
 //! flush that sends it, and the client's ACK with its flush. Flows are visited in one pseudo-random order over and over:
 //! with many of them, each visit is to a flow that has left the caches. Nobody sends more at once than the flow's buffers
-//! hold. Segments are made by patching one in place; what that takes is measured and subtracted. Time is the
+//! hold. A *crowd* is so many flows that their buffers could not all be resident: each is opened, gets one small segment,
+//! and stays. Segments are made by patching one in place; what that takes is measured and subtracted. Time is the
 //! thread's CPU time.
 
 use std::fs;
@@ -74,6 +76,7 @@ fn measure(words: &[&str]) -> Option<Figures> {
         ["transmit", flows, payload] => transmit(number(flows)?, number(payload)?),
         ["open", flows] => open(number(flows)?),
         ["memory", flows] => memory(number(flows)?),
+        ["crowd", flows] => crowd(number(flows)?),
         _ => return None,
     };
     Some(figures)
@@ -173,6 +176,35 @@ fn memory(flows: usize) -> Figures {
     }
     let used = resident_bytes() - before - of_the_driver;
     vec![
+        ("idle_bytes_per_flow", idle as f64 / flows as f64),
+        ("used_bytes_per_flow", used as f64 / flows as f64),
+    ]
+}
+
+fn crowd(flows: usize) -> Figures {
+    const PAYLOAD: usize = 60;
+    let mut driver = Driver::for_flows(flows);
+    let mut data = Segment::data();
+    let before = resident_bytes();
+    let start = thread_nanos();
+    let mut connections = driver.open(flows);
+    let opening = thread_nanos() - start;
+    let of_the_driver = size_of_val(&connections[..]);
+    let idle = resident_bytes() - before - of_the_driver;
+    shuffle(&mut connections);
+    let start = thread_nanos();
+    for connection in &mut connections {
+        driver.packet(data.patch(connection, PAYLOAD), ChecksumState::Trusted);
+        driver.read();
+        driver.flush();
+    }
+    let receiving = thread_nanos() - start;
+    let expected = (flows * PAYLOAD) as u64;
+    assert_eq!(driver.bytes_read, expected, "every byte arrived");
+    let used = resident_bytes() - before - of_the_driver;
+    vec![
+        ("ns_per_connection", opening as f64 / flows as f64),
+        ("ns_per_packet", receiving as f64 / flows as f64),
         ("idle_bytes_per_flow", idle as f64 / flows as f64),
         ("used_bytes_per_flow", used as f64 / flows as f64),
     ]
@@ -371,10 +403,24 @@ struct Driver {
 
 impl Driver {
     fn new() -> Self {
+        Self::with(Config::default())
+    }
+
+    /// With limits for so many flows, should the default ones not be enough.
+    fn for_flows(flows: usize) -> Self {
+        const SMALLEST_BUFFERS: usize = 2 * (16 << 10);
+        let mut config = Config::default();
+        let limits = &mut config.limits;
+        limits.flows = limits.flows.max(flows as u32);
+        limits.buffer_bytes = limits.buffer_bytes.max(2 * (flows * SMALLEST_BUFFERS) as u64);
+        Self::with(config)
+    }
+
+    fn with(config: Config) -> Self {
         let policy = Arc::new(Policy::new(PolicySpec::default()));
         let now = Timestamp::ZERO;
         Self {
-            engine: Engine::new(Config::default(), policy, [7; 32], now),
+            engine: Engine::new(config, policy, [7; 32], now),
             world: Sink {
                 buffer: vec![0; 65_535],
                 len: 0,

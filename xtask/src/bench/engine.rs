@@ -20,6 +20,9 @@ const TRANSMITTED: [u32; 3] = [60, 1460, 44 * 1460];
 /// Flows enough to make what one costs stand out from what a process costs.
 const MANY: u32 = 100_000;
 
+/// More flows than the default limits allow.
+const CROWD: u32 = 1_000_000;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(tag = "case", rename_all = "lowercase")]
 enum Case {
@@ -36,6 +39,9 @@ enum Case {
         flows: u32,
     },
     Memory {
+        flows: u32,
+    },
+    Crowd {
         flows: u32,
     },
 }
@@ -98,7 +104,11 @@ fn cases() -> impl Iterator<Item = Case> {
     let transmit = FLOWS
         .into_iter()
         .flat_map(|flows| TRANSMITTED.map(|payload| Case::Transmit { flows, payload }));
-    let rest = [Case::Open { flows: MANY }, Case::Memory { flows: MANY }];
+    let rest = [
+        Case::Open { flows: MANY },
+        Case::Memory { flows: MANY },
+        Case::Crowd { flows: CROWD },
+    ];
     receive.chain(transmit).chain(rest)
 }
 
@@ -145,6 +155,7 @@ impl Case {
             }
             Self::Open { flows } => vec!["open".into(), flows.to_string()],
             Self::Memory { flows } => vec!["memory".into(), flows.to_string()],
+            Self::Crowd { flows } => vec!["crowd".into(), flows.to_string()],
         }
     }
 }
@@ -194,6 +205,19 @@ impl Results {
             "- resident after 4 times 500 B in and 1,400 B out: {} B",
             grouped(used as u64)
         );
+        let crowd = |name| self.median(Case::Crowd { flows: CROWD }, name);
+        println!(
+            "\nOver {} flows, each with one segment of 60 B:\n",
+            grouped(CROWD.into())
+        );
+        println!("- open and handshake: {}", nanos(crowd("ns_per_connection")));
+        println!(
+            "- the segment, read and acknowledged: {}",
+            nanos(crowd("ns_per_packet"))
+        );
+        for (when, name) in [("idle", "idle_bytes_per_flow"), ("used", "used_bytes_per_flow")] {
+            println!("- resident per {when} flow: {} B", grouped(crowd(name) as u64));
+        }
         println!("\n### Targets\n");
         let segment = |flows| {
             let case = Case::Receive {
