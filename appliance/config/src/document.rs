@@ -396,7 +396,7 @@ pub(crate) fn text_of<'v>(value: &'v DeValue<'_>, expected: &str, example: &str)
 /// The integer of a value, which must be in `range`.
 pub(crate) fn number_of(value: &DeValue<'_>, range: RangeInclusive<u64>) -> Result<u64, Problem> {
     let Some(number) = value.as_integer() else {
-        return wrong_type(value, "a number", &range.start().to_string());
+        return wrong_type(value, "a number", "1000");
     };
     match u64::from_str_radix(number.as_str(), number.radix()) {
         Ok(number) if range.contains(&number) => Ok(number),
