@@ -172,7 +172,7 @@ fn a_list_entry_ends_the_flows_that_it_denies_and_no_others() {
     talk(&other);
     assert_eq!(
         run(&lab, "list add 192.0.2.7"),
-        "1 added; the lists have 1 entries\n"
+        "1 added; the lists have 1 entry\n"
     );
     // The command has returned, so it is in force: the flow is gone, and its upstream knows.
     assert_eq!(flow_to(&lab, "192.0.2.7:1000"), None);
@@ -198,7 +198,7 @@ fn a_list_entry_ends_the_flows_that_it_denies_and_no_others() {
     assert_eq!(show["total"], 1);
     assert_eq!(show["entries"][0]["entry"], "deny 192.0.2.7/32");
     assert_eq!(show["entries"][0]["origin"], "control");
-    assert_eq!(run(&lab, "list show 192.0.2.8"), "0 of 1 entries\n");
+    assert_eq!(run(&lab, "list show 192.0.2.8"), "0 of 1 entry\n");
 
     run(&lab, "list remove deny 192.0.2.7");
     // Its next attempt comes through.
@@ -222,7 +222,7 @@ fn entries_with_a_time_end_by_themselves() {
     assert!((3_500..=3_600).contains(&left().unwrap()));
     assert_eq!(
         run(&lab, "list add --ttl 1s deny 192.0.2.7 tcp 1000"),
-        "1 there already, renewed for 1s; the lists have 1 entries\n"
+        "1 there already, renewed for 1s; the lists have 1 entry\n"
     );
     // The kernel tries again after a second.
     drop((
@@ -264,7 +264,7 @@ fn a_reload_ends_the_flows_that_a_rule_rejects_and_keeps_added_entries() {
     ));
     assert_eq!(
         run(&lab, "reload"),
-        "in force: 2 list entries, 1 of them kept from `tungate list`, 1 rules\n"
+        "in force: 2 list entries, 1 of them kept from `tungate list`, 1 rule\n"
     );
     // A rejection is one that the client notices.
     for end in [&mut rejected.0, &mut rejected.1] {
@@ -357,7 +357,10 @@ fn members_of_the_configured_group_may_open_the_socket() {
     let line = appliance
         .log
         .wait(|line| line["message"] == "lists have been changed");
-    assert_eq!(line["user"], 65_534);
+    assert_eq!(
+        (&line["user"], &line["change"]),
+        (&65_534.into(), &"add deny 203.0.113.7/32".into())
+    );
     appliance.stop();
 }
 

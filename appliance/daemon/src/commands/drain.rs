@@ -8,8 +8,9 @@ use indicatif::ProgressBar;
 use tokio::time::sleep;
 
 use super::control::{client, print};
-use super::runtime;
+use super::{runtime, text};
 use crate::cli;
+use crate::control::Unreachable;
 use crate::control::api::{DRAIN, Drain, Draining, STATUS, Status};
 
 /// Time between two looks.
@@ -19,17 +20,11 @@ const INTERVAL: Duration = Duration::from_millis(200);
 pub(super) fn run(arguments: &cli::Drain) -> Result<()> {
     let client = client(&arguments.control)?;
     let body = Drain {
-        seconds: Some(arguments.timeout.as_secs()),
+        seconds: Some(arguments.timeout.as_secs() + u64::from(arguments.timeout.subsec_nanos() > 0)),
     };
     runtime()?.block_on(async {
         let draining: Draining = client.post(DRAIN, &body).await?;
-        let flows = |count: usize| {
-            if count == 1 {
-                "1 open flow".to_owned()
-            } else {
-                format!("{count} open flows")
-            }
-        };
+        let flows = |count| text::count(count, "open flow");
         print(&format!(
             "no new flows; {} may go on for {} s\n",
             flows(draining.open_flows),
@@ -41,8 +36,14 @@ pub(super) fn run(arguments: &cli::Drain) -> Result<()> {
             ProgressBar::hidden()
         };
         spinner.enable_steady_tick(Duration::from_millis(100));
-        while let Ok(status) = client.get::<Status>(STATUS).await {
-            spinner.set_message(flows(status.open_flows));
+        loop {
+            match client.get::<Status>(STATUS).await {
+                Ok(status) => spinner.set_message(flows(status.open_flows)),
+                Err(error) => match error.downcast_ref() {
+                    Some(Unreachable::NotRunning(_) | Unreachable::Ended) => break,
+                    Some(Unreachable::NotPermitted(_) | Unreachable::Silent) | None => return Err(error),
+                },
+            }
             sleep(INTERVAL).await;
         }
         spinner.finish_and_clear();

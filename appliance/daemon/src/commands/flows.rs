@@ -161,12 +161,13 @@ fn table(flows: &Flows, width: Option<usize>) -> String {
     for row in 0..flows.flows.len() {
         line(&mut columns.iter().map(|column| (column, column.cells[row].as_str())));
     }
-    match (flows.flows.len(), flows.total) {
-        (_, 0) => table.push_str("no flows are open\n"),
-        (shown, total) if shown < total => table.push_str(&format!("{shown} of {total} flows\n")),
-        (_, 1) => table.push_str("1 flow\n"),
-        (_, total) => table.push_str(&format!("{total} flows\n")),
-    }
+    let total = text::count(flows.total, "flow");
+    let shown = flows.flows.len();
+    table.push_str(&match flows.total {
+        0 => "no flows are open\n".to_owned(),
+        all if shown < all => format!("{shown} of {total}\n"),
+        _ => format!("{total}\n"),
+    });
     table
 }
 

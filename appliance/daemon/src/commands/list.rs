@@ -79,7 +79,8 @@ fn tell(done: &str, changed: &Changed) -> Result<()> {
     for warning in &changed.warnings {
         eprintln!("warning: {warning}");
     }
-    print(&format!("{done}; the lists have {} entries\n", changed.total))
+    let total = text::count(changed.total, "entry");
+    print(&format!("{done}; the lists have {total}\n"))
 }
 
 /// The entries that a command names, as list files have them.
@@ -119,7 +120,8 @@ fn table(entries: &Entries) -> String {
     }
     let shown = entries.entries.len();
     if shown < entries.total {
-        table.push_str(&format!("{shown} of {} entries\n", entries.total));
+        let total = text::count(entries.total, "entry");
+        table.push_str(&format!("{shown} of {total}\n"));
     } else if shown == 0 {
         table.push_str("the lists are empty\n");
     }

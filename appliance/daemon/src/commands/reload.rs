@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use super::control::{client, print};
-use super::runtime;
+use super::{runtime, text};
 use crate::cli;
 use crate::control::api::{POLICY_RELOAD, Reloaded};
 
@@ -18,7 +18,8 @@ pub(super) fn run(arguments: &cli::Reload) -> Result<()> {
         kept => format!(", {kept} of them kept from `tungate list`"),
     };
     print(&format!(
-        "in force: {} list entries{kept}, {} rules\n",
-        reloaded.list_entries, reloaded.rules
+        "in force: {}{kept}, {}\n",
+        text::count(reloaded.list_entries, "list entry"),
+        text::count(reloaded.rules, "rule")
     ))
 }

@@ -19,6 +19,15 @@ pub(super) fn bytes(count: u64) -> String {
     }
 }
 
+/// A number of things, one of which is `what`.
+pub(super) fn count(number: usize, what: &str) -> String {
+    match (number, what.strip_suffix('y')) {
+        (1, _) => format!("1 {what}"),
+        (_, Some(stem)) => format!("{number} {stem}ies"),
+        (_, None) => format!("{number} {what}s"),
+    }
+}
+
 /// A time with its two largest units, as people say it.
 pub(super) fn time(time: Duration) -> String {
     let seconds = time.as_secs();
@@ -48,6 +57,13 @@ mod tests {
         ] {
             assert_eq!(bytes(count), expected);
         }
+    }
+
+    #[test]
+    fn counts_have_their_plural() {
+        assert_eq!(count(1, "open flow"), "1 open flow");
+        assert_eq!(count(0, "open flow"), "0 open flows");
+        assert_eq!(count(2, "entry"), "2 entries");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The lists of a running appliance, and how they change. Supervisor and worker each make every change, to the same end.
 
 use std::collections::{HashMap, HashSet};
+use std::fmt;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -32,6 +33,28 @@ pub(crate) enum What {
     Remove(Vec<ListEntry>),
     /// Have these and no others.
     Replace(Vec<ListEntry>),
+}
+
+/// Entries of a change that its line in the log names.
+const NAMED: usize = 4;
+
+impl fmt::Display for What {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (verb, entries) = match self {
+            Self::Add(entries) => ("add", entries),
+            Self::Remove(entries) => ("remove", entries),
+            Self::Replace(entries) => ("replace all by", entries),
+        };
+        f.write_str(verb)?;
+        for (place, entry) in entries.iter().take(NAMED).enumerate() {
+            write!(f, "{} {entry}", if place > 0 { "," } else { "" })?;
+        }
+        match entries.len().saturating_sub(NAMED) {
+            0 if entries.is_empty() => f.write_str(" nothing"),
+            0 => Ok(()),
+            more => write!(f, " and {more} more"),
+        }
+    }
 }
 
 /// What two entries that differ in their end alone have in common.
@@ -206,6 +229,18 @@ mod tests {
         assert_eq!((added.added, added.renewed, added.total), (1, 1, 2));
         assert_eq!(lists.added, 1);
         assert!(lists.entries.iter().all(|entry| entry.expires == Some(90)));
+    }
+
+    #[test]
+    fn the_log_names_what_there_is_little_of() {
+        let shown = |what: What| what.to_string();
+        assert_eq!(
+            shown(What::Add(entries("deny 10.0.0.1;allow 10.0.0.0/8 tcp 80"))),
+            "add deny 10.0.0.1/32, allow 10.0.0.0/8 tcp 80"
+        );
+        assert_eq!(shown(What::Replace(Vec::new())), "replace all by nothing");
+        let many: Vec<_> = (0..9).map(|number| format!("deny 10.0.0.{number}")).collect();
+        assert!(shown(What::Remove(entries(&many.join(";")))).ends_with(", deny 10.0.0.3/32 and 5 more"));
     }
 
     #[test]

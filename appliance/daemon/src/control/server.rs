@@ -290,7 +290,7 @@ impl Serving {
     }
 
     async fn change(&self, what: What, user: Option<u32>) -> Result<Response<Body>, Refused> {
-        tracing::debug!(user, ?what, "the control socket asks for a change of lists");
+        let entries = what.to_string();
         let change = ListChange {
             what,
             at: unix_time(),
@@ -299,10 +299,11 @@ impl Serving {
             Done::Changed(changed) => {
                 tracing::info!(
                     user,
+                    change = entries,
                     added = changed.added,
                     renewed = changed.renewed,
                     removed = changed.removed,
-                    entries = changed.total,
+                    total = changed.total,
                     "lists have been changed"
                 );
                 Ok(ok(&changed))
