@@ -73,6 +73,18 @@ const STEPS: &[Step] = &[
         },
     },
     Step {
+        name: "recovery",
+        work: Work::Tests {
+            package: "tungate-engine",
+            folder: "appliance/engine",
+            test: "recovery",
+            environment: &[
+                ("RECOVERY_STEPS", Amount::Fixed(100_000_000)),
+                ("RECOVERY_SEED", Amount::Round),
+            ],
+        },
+    },
+    Step {
         name: "model",
         work: Work::Tests {
             package: "tungate-tests",

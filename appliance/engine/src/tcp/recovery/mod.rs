@@ -49,14 +49,17 @@ const ACK_DELAY_MAX: Duration = Duration::from_millis(200);
 /// A probe timeout before there is a round-trip time (RFC 8985, section 7.2).
 const PROBE_TIMEOUT_INITIAL: Duration = Duration::from_secs(1);
 
+/// The least of it: timers are not more exact, and a busy client is not faster.
+const PROBE_TIMEOUT_MIN: Duration = Duration::from_millis(10);
+
 /// Zero-window probes are at most this far apart (RFC 9293, section 3.8.6.1 wants back-off).
 const WINDOW_PROBE_INTERVAL_MAX: Duration = Duration::from_secs(60);
 
 /// A paced sender that is late may catch up on this much.
-const PACING_CREDIT: Duration = Duration::from_millis(2);
+const PACING_CREDIT: Duration = Duration::from_millis(1);
 
 /// A paced packet takes about this long at the pacing rate, and is of two segments at least.
-const PACING_QUANTUM: Duration = Duration::from_millis(1);
+const PACING_QUANTUM: Duration = Duration::from_micros(250);
 
 /// What a sender starts from.
 #[derive(Debug, Clone, Copy)]
@@ -226,6 +229,8 @@ pub struct Recovery {
     segment: u32,
     packet_limit: u32,
     selective: bool,
+    /// Where nothing is lost there is no tail to probe for.
+    probes_tail: bool,
     board: Scoreboard,
     rack: Rack,
     round_trip: RoundTrip,
@@ -282,10 +287,11 @@ impl Recovery {
             segment,
             packet_limit: setup.packet_limit.max(segment),
             selective: setup.selective,
+            probes_tail: setup.congestion != CongestionControl::None,
             board: Scoreboard::new(sack_unit(segment)),
             rack: Rack::default(),
             round_trip: RoundTrip::new(setup.handshake_rtt, now),
-            congestion: setup.congestion.start(segment),
+            congestion: setup.congestion.start(segment, now),
             window: Window {
                 edge: setup.window,
                 size: setup.window,
@@ -342,6 +348,21 @@ impl Recovery {
             .min()
     }
 
+    /// What may be in flight, in bytes.
+    pub fn window(&self) -> u64 {
+        self.send_window()
+    }
+
+    /// Whether [`Recovery::next_transmit`] may have something to give, without asking it; not exact.
+    pub fn may_transmit(&self, queued_end: u64) -> bool {
+        let has_room = self.in_flight() < self.send_window();
+        let sent = self.board.sent();
+        self.tail_probe_due
+            || self.window_probe_due
+            || self.timeout_due
+            || (has_room && (self.board.lost() > 0 || (queued_end > sent && self.window.edge > sent)))
+    }
+
     /// What has been done so far.
     pub fn statistics(&self) -> Statistics {
         Statistics {
@@ -377,18 +398,6 @@ impl Recovery {
         let window_changed = self.update_window(ack);
         let in_flight_before = self.in_flight();
         let mut delivered = Delivered::default();
-        let mut duplicates = 0;
-        if self.selective
-            && let [first, rest @ ..] = blocks
-        {
-            let is_duplicate = first.end <= ack.acknowledged.max(before)
-                || rest
-                    .first()
-                    .is_some_and(|second| second.start <= first.start && first.end <= second.end);
-            if is_duplicate {
-                duplicates = self.on_duplicate(first);
-            }
-        }
         let freed = ack.acknowledged.saturating_sub(before);
         if freed > 0 {
             self.deliver(now, &mut delivered, |board, take| {
@@ -406,6 +415,18 @@ impl Recovery {
         } else {
             self.count_duplicate_ack(ack, freed, window_changed, &mut delivered);
         }
+        let mut duplicates = 0;
+        if self.selective
+            && let [first, rest @ ..] = blocks
+        {
+            let is_duplicate = first.end <= ack.acknowledged.max(before)
+                || rest
+                    .first()
+                    .is_some_and(|second| second.start <= first.start && first.end <= second.end);
+            if is_duplicate {
+                duplicates = self.on_duplicate(first);
+            }
+        }
         if let Some((_, rtt)) = delivered.rtt {
             self.round_trip.take_sample(rtt, now);
         }
@@ -416,9 +437,9 @@ impl Recovery {
         let lost = self.detect(now, freed);
         self.lost += lost;
         self.settle_tail_probe(now, ack, blocks, duplicates, freed);
-        self.settle_phase(now, lost, freed, duplicates, &delivered);
+        self.settle_phase(now, in_flight_before, lost, freed, duplicates, &delivered);
         if delivered.bytes > 0 || lost > 0 {
-            self.tell_congestion(now, in_flight_before, lost, &delivered);
+            self.tell_congestion(now, in_flight_before, lost, freed, &delivered);
             if let Some(target) = self.congestion.recovery_target()
                 && let Some(reduction) = &mut self.reduction
             {
@@ -625,6 +646,7 @@ impl Recovery {
     fn settle_phase(
         &mut self,
         now: Timestamp,
+        in_flight_before: u64,
         losses: u64,
         freed: u64,
         duplicates: u64,
@@ -662,13 +684,12 @@ impl Recovery {
             }
         }
         if self.phase == Phase::Open && (losses > 0 || self.board.lost() > 0) {
-            self.enter_recovery(now, losses + delivered.bytes);
+            self.enter_recovery(now, in_flight_before);
         }
     }
 
-    /// Begins to repair; `settled` bytes have just left the network.
-    fn enter_recovery(&mut self, now: Timestamp, settled: u64) {
-        let flight = self.board.in_flight() + settled;
+    /// Begins to repair, with `flight` bytes in flight before anything was found lost.
+    fn enter_recovery(&mut self, now: Timestamp, flight: u64) {
         self.phase = Phase::Recovery {
             until: self.board.sent(),
         };
@@ -710,7 +731,14 @@ impl Recovery {
         }
     }
 
-    fn tell_congestion(&mut self, now: Timestamp, in_flight_before: u64, lost: u64, delivered: &Delivered) {
+    fn tell_congestion(
+        &mut self,
+        now: Timestamp,
+        in_flight_before: u64,
+        lost: u64,
+        freed: u64,
+        delivered: &Delivered,
+    ) {
         if self.application_limited_until < self.delivered {
             self.application_limited_until = 0;
         }
@@ -737,6 +765,7 @@ impl Recovery {
             rtt_minimum: self.round_trip.minimum(),
             rtt_smoothed: self.round_trip.smoothed(),
             delivered: delivered.bytes,
+            is_cumulative: freed > 0,
             lost,
             in_flight_before,
             in_flight: self.in_flight(),
@@ -774,6 +803,7 @@ impl Recovery {
     /// RFC 8985, section 7.2.
     fn may_probe_tail(&self) -> bool {
         self.selective
+            && self.probes_tail
             && self.phase == Phase::Open
             && self.tail_probe.is_none()
             && self.board.sacked() == 0
@@ -786,7 +816,7 @@ impl Recovery {
             Some(smoothed) if self.board.in_flight() <= u64::from(self.segment) => {
                 2 * smoothed + ACK_DELAY_MAX
             }
-            Some(smoothed) => 2 * smoothed,
+            Some(smoothed) => 2 * smoothed + PROBE_TIMEOUT_MIN,
         };
         let at = now + after;
         self.timers.probe = Some(self.timers.timeout.map_or(at, |timeout| at.min(timeout)));
@@ -802,8 +832,8 @@ impl Recovery {
             self.lost += lost;
             if lost > 0 {
                 let delivered = Delivered::default();
-                self.settle_phase(now, lost, 0, 0, &delivered);
-                self.tell_congestion(now, in_flight_before, lost, &delivered);
+                self.settle_phase(now, in_flight_before, lost, 0, 0, &delivered);
+                self.tell_congestion(now, in_flight_before, lost, 0, &delivered);
                 if let Some(target) = self.congestion.recovery_target()
                     && let Some(reduction) = &mut self.reduction
                 {

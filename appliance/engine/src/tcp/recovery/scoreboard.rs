@@ -468,7 +468,7 @@ impl Scoreboard {
     /// Whether to look through all records this time: where they are many, only now and then, as `delivered` chances.
     #[cfg(debug_assertions)]
     pub(super) fn is_worth_a_check(&self, delivered: u64) -> bool {
-        let few = self.records.len() as u64 / 32 + 1;
+        let few = self.records.len() as u64 / 8 + 1;
         (delivered / u64::from(self.unit)).is_multiple_of(few)
     }
 

@@ -169,7 +169,7 @@ impl Congestion for Cubic {
         // it is use enough: it doubles in the time that its use needs to show.
         let is_starting = self.window < self.threshold;
         let is_used = sample.is_window_limited || (is_starting && sample.in_flight_before >= self.window / 2);
-        if sample.in_recovery || !is_used || sample.delivered == 0 {
+        if sample.in_recovery || !is_used || !sample.is_cumulative {
             return;
         }
         if is_starting {

@@ -1,5 +1,6 @@
 //! Congestion control: how much may be in flight, and how fast it leaves.
 
+mod bbr;
 mod cubic;
 mod hystart;
 mod unlimited;
@@ -9,6 +10,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use self::bbr::Bbr;
 use self::cubic::Cubic;
 use self::unlimited::Unlimited;
 use crate::time::Timestamp;
@@ -21,15 +23,17 @@ pub enum CongestionControl {
     None,
     /// Cubic (RFC 9438) with HyStart++ (RFC 9406): backs off at every loss.
     Cubic,
-    /// By a model of the path; until there is one, the same as Cubic.
+    /// By a model of the path, after BBR: bandwidth and round-trip time decide, and loss only where it is more than the
+    /// path loses anyway.
     Bbr,
 }
 
 impl CongestionControl {
-    pub(super) fn start(self, segment_size: u32) -> Box<dyn Congestion> {
+    pub(super) fn start(self, segment_size: u32, now: Timestamp) -> Box<dyn Congestion> {
         match self {
             Self::None => Box::new(Unlimited), // of no size: nothing is allocated
-            Self::Cubic | Self::Bbr => Box::new(Cubic::new(segment_size)),
+            Self::Cubic => Box::new(Cubic::new(segment_size)),
+            Self::Bbr => Box::new(Bbr::new(segment_size, now)),
         }
     }
 }
@@ -53,6 +57,8 @@ pub struct Sample {
     pub rtt_smoothed: Option<Duration>,
     /// Delivered by it, in order or not.
     pub delivered: u64,
+    /// It acknowledges new data in order.
+    pub is_cumulative: bool,
     /// Found lost by it.
     pub lost: u64,
     /// In flight before it and after.

@@ -20,12 +20,6 @@ impl Random {
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         (z ^ (z >> 31)) % bound
     }
-
-    /// Of at most one of these numbers of bits.
-    pub(super) fn of_bits(&mut self, bits: [u32; 3]) -> u64 {
-        let bits = bits[self.below(3) as usize];
-        self.below(1 << bits)
-    }
 }
 
 pub(super) struct Path {

@@ -1,0 +1,469 @@
+//! Congestion control by a model of the path, after BBR (draft-ietf-ccwg-bbr), in integers.
+//!
+//! ```text
+//!  Startup ──pipe full──▶ Drain ──queue gone──▶ Down ─▶ Cruise ──time──▶ Refill ──a round──▶ Up ─┐
+//!                                                ▲                                               │
+//!                                                └────────── queue, or too much loss ────────────┘
+//!  and from any of them ProbeRtt, for 200 ms every 10 s in which the round-trip time has not come down by itself
+//! ```
+//!
+//! Bandwidth is the highest delivery rate of the last two cycles, the round-trip time the lowest of the last ten
+//! seconds. Their product, times a gain, bounds what is in flight; the bandwidth, times another, is the pace. A loss by
+//! itself changes nothing. A round trip in which more than 2 % are lost *above what the path loses anyway* has filled a
+//! short queue, and lowers the ceiling of what may be in flight. What it loses anyway is measured while cruising, where
+//! there is no queue of ours, and counts up to 5 %: radio links lose that much, and the draft's fixed bound would take
+//! them for congested.
+//!
+//! Otherwise it differs from the draft in what it leaves out: ECN, which the handshake does not offer, and randomised
+//! probe times, as an engine has no randomness that is not its seed's.
+
+use std::time::Duration;
+
+use super::{Congestion, Delivery, Sample, initial_window};
+use crate::time::Timestamp;
+
+const STARTUP_PACING: u64 = 2770;
+const STARTUP_WINDOW: u64 = 2000;
+const DRAIN_PACING: u64 = 350;
+const UP_PACING: u64 = 1250;
+const UP_WINDOW: u64 = 2250;
+const DOWN_PACING: u64 = 900;
+const WINDOW: u64 = 2000;
+/// The pace stays below the estimate by this, so that a queue that has come drains.
+const PACING_MARGIN: u64 = 990;
+/// Of the ceiling, left for others while cruising.
+const HEADROOM: u64 = 850;
+/// What a bound is multiplied by when there is too much loss.
+const DECREASE: u64 = 700;
+
+/// Loss above what the path loses anyway, in thousandths, that makes a round congested.
+const EXCESS_LOSS: u64 = 20;
+/// The most that the path is believed to lose anyway.
+const USUAL_LOSS_MAX: u64 = 50;
+/// Loss that ends start-up: far above what random loss makes.
+const STARTUP_LOSS: u64 = 100;
+/// Segments lost in a round below which it is no statistics.
+const LOST_SEGMENTS_MIN: u64 = 4;
+
+/// Start-up ends after so many rounds without a quarter more bandwidth.
+const FULL_ROUNDS: u32 = 3;
+const RTT_WINDOW: Duration = Duration::from_secs(10);
+const PROBE_RTT_TIME: Duration = Duration::from_millis(200);
+/// Between two probes for more bandwidth, unless so many rounds pass first.
+const CRUISE_TIME: Duration = Duration::from_millis(2_500);
+const CRUISE_ROUNDS_MAX: u64 = 63;
+/// Rounds after which the measure of how ACKs bunch is forgotten.
+const BUNCHING_ROUNDS: u64 = 10;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Startup,
+    Drain,
+    Down,
+    Cruise,
+    Refill,
+    Up,
+    ProbeRtt { until: Option<Timestamp> },
+}
+
+#[derive(Debug)]
+pub(super) struct Bbr {
+    segment: u64,
+    state: State,
+    window: u64,
+    /// Bytes a second.
+    pacing_rate: u64,
+    /// Highest delivery rates: of this cycle and of the one before.
+    bandwidths: [u64; 2],
+    /// Bounds found where there was too much loss; short-term ones hold until the next probe.
+    bandwidth_low: u64,
+    in_flight_low: u64,
+    in_flight_high: u64,
+    rtt_minimum: Option<(Duration, Timestamp)>,
+    round: Round,
+    /// Highest bandwidth in start-up, and rounds since it grew.
+    full: (u64, u32),
+    is_full: bool,
+    cycle_since: Timestamp,
+    cycle_rounds: u64,
+    /// Loss of the path itself, in thousandths times 8.
+    usual_loss: u64,
+    bunching: Bunching,
+    /// The window before a timeout or a probe of the round-trip time.
+    kept_window: u64,
+}
+
+/// A round trip: from a transmission to its ACK.
+#[derive(Debug, Default)]
+struct Round {
+    /// It ends when what is sent from here on is acknowledged.
+    end: u64,
+    count: u64,
+    delivered: u64,
+    lost: u64,
+    /// Highest delivery rate and most delivered per sample.
+    bandwidth: u64,
+    in_flight: u64,
+}
+
+/// How much more than the bandwidth's share ACKs acknowledge at once.
+#[derive(Debug)]
+struct Bunching {
+    since: Timestamp,
+    acknowledged: u64,
+    most: [u64; 2],
+    turned: u64,
+}
+
+impl Bbr {
+    pub(super) fn new(segment_size: u32, now: Timestamp) -> Self {
+        Self {
+            segment: u64::from(segment_size),
+            state: State::Startup,
+            window: initial_window(segment_size),
+            pacing_rate: 0,
+            bandwidths: [0; 2],
+            bandwidth_low: u64::MAX,
+            in_flight_low: u64::MAX,
+            in_flight_high: u64::MAX,
+            rtt_minimum: None,
+            round: Round::default(),
+            full: (0, 0),
+            is_full: false,
+            cycle_since: now,
+            cycle_rounds: 0,
+            usual_loss: 0,
+            bunching: Bunching {
+                since: now,
+                acknowledged: 0,
+                most: [0; 2],
+                turned: 0,
+            },
+            kept_window: 0,
+        }
+    }
+
+    fn bandwidth(&self) -> u64 {
+        self.bandwidths[0].max(self.bandwidths[1]).min(self.bandwidth_low)
+    }
+
+    /// Bandwidth times round-trip time, times `gain` thousandths.
+    fn product(&self, gain: u64) -> u64 {
+        let Some((rtt, _)) = self.rtt_minimum else {
+            return initial_window(self.segment as u32);
+        };
+        let bytes = u128::from(self.bandwidth()) * rtt.as_nanos() / 1_000_000_000;
+        (bytes * u128::from(gain) / 1000) as u64
+    }
+
+    fn window_least(&self) -> u64 {
+        4 * self.segment
+    }
+
+    fn gains(&self) -> (u64, u64) {
+        match self.state {
+            State::Startup => (STARTUP_PACING, STARTUP_WINDOW),
+            State::Drain => (DRAIN_PACING, STARTUP_WINDOW),
+            State::Down => (DOWN_PACING, WINDOW),
+            State::Cruise | State::Refill => (1000, WINDOW),
+            State::Up => (UP_PACING, UP_WINDOW),
+            State::ProbeRtt { .. } => (1000, 500),
+        }
+    }
+
+    /// Whether the round that is under way has lost too much.
+    fn is_congested(&self, bound: u64) -> bool {
+        let Round { delivered, lost, .. } = self.round;
+        lost >= LOST_SEGMENTS_MIN * self.segment && lost * 1000 > (delivered + lost) * bound
+    }
+
+    fn loss_bound(&self) -> u64 {
+        EXCESS_LOSS + (self.usual_loss / 8).min(USUAL_LOSS_MAX)
+    }
+
+    fn take_delivery(&mut self, delivery: &Delivery) {
+        let nanos = delivery.interval.as_nanos().max(1);
+        let rate = (u128::from(delivery.delivered) * 1_000_000_000 / nanos) as u64;
+        self.round.bandwidth = self.round.bandwidth.max(rate);
+        self.round.in_flight = self.round.in_flight.max(delivery.delivered);
+        if !delivery.is_application_limited || rate >= self.bandwidths[0].max(self.bandwidths[1]) {
+            self.bandwidths[0] = self.bandwidths[0].max(rate);
+        }
+    }
+
+    /// How much ACKs bunch (the draft's extra_acked): a receiver behind a radio link acknowledges in bursts.
+    fn take_bunching(&mut self, sample: &Sample) {
+        let bandwidth = self.bandwidth();
+        let expected = |since: Timestamp| {
+            (u128::from(bandwidth) * sample.now.since(since).as_nanos() / 1_000_000_000) as u64
+        };
+        if self.bunching.acknowledged <= expected(self.bunching.since) {
+            self.bunching.since = sample.now;
+            self.bunching.acknowledged = 0;
+        }
+        self.bunching.acknowledged += sample.delivered;
+        let extra =
+            self.bunching.acknowledged - expected(self.bunching.since).min(self.bunching.acknowledged);
+        self.bunching.most[0] = self.bunching.most[0].max(extra.min(self.window));
+        if self.round.count >= self.bunching.turned + BUNCHING_ROUNDS / 2 {
+            self.bunching.turned = self.round.count;
+            self.bunching.most = [0, self.bunching.most[0]];
+        }
+    }
+
+    fn take_round_trip(&mut self, sample: &Sample) {
+        let Some(rtt) = sample.rtt else { return };
+        let is_lower = self.rtt_minimum.is_none_or(|(minimum, _)| rtt <= minimum);
+        if is_lower || (matches!(self.state, State::ProbeRtt { .. }) && self.is_rtt_stale(sample.now)) {
+            self.rtt_minimum = Some((rtt, sample.now));
+        }
+    }
+
+    fn is_rtt_stale(&self, now: Timestamp) -> bool {
+        self.rtt_minimum.is_some_and(|(_, at)| now.since(at) > RTT_WINDOW)
+    }
+
+    /// At the end of a round, before its counters are cleared.
+    fn on_round_end(&mut self, delivery: &Delivery) {
+        let Round { delivered, lost, .. } = self.round;
+        match self.state {
+            State::Startup => {
+                if !delivery.is_application_limited {
+                    let bandwidth = self.bandwidths[0].max(self.bandwidths[1]);
+                    if bandwidth * 4 >= self.full.0 * 5 {
+                        self.full = (bandwidth, 0);
+                    } else {
+                        self.full.1 += 1;
+                    }
+                }
+                if self.is_congested(STARTUP_LOSS) {
+                    self.in_flight_high = self.product(1000).max(self.round.in_flight);
+                    self.is_full = true;
+                }
+                self.is_full |= self.full.1 >= FULL_ROUNDS;
+            }
+            State::Cruise if delivered + lost >= 16 * self.segment => {
+                let loss = lost * 1000 / (delivered + lost);
+                self.usual_loss = match self.usual_loss {
+                    0 => 8 * loss,
+                    usual => usual * 7 / 8 + loss,
+                };
+            }
+            State::Drain
+            | State::Down
+            | State::Cruise
+            | State::Refill
+            | State::Up
+            | State::ProbeRtt { .. } => {}
+        }
+        let is_probing = matches!(self.state, State::Startup | State::Refill | State::Up);
+        if !is_probing && self.is_congested(self.loss_bound()) {
+            let bandwidth = self.bandwidth();
+            self.bandwidth_low = self.round.bandwidth.max(bandwidth / 1000 * DECREASE);
+            let in_flight = self.in_flight_low.min(self.window);
+            self.in_flight_low = self.round.in_flight.max(in_flight / 1000 * DECREASE);
+        }
+        self.cycle_rounds += 1;
+    }
+
+    fn enter(&mut self, state: State, now: Timestamp) {
+        match state {
+            State::Down => {
+                self.cycle_since = now;
+                self.cycle_rounds = 0;
+            }
+            State::Refill => {
+                self.bandwidth_low = u64::MAX;
+                self.in_flight_low = u64::MAX;
+                self.cycle_rounds = 0;
+            }
+            State::Up => {
+                // A cycle in which the application was the limit has shown nothing.
+                if self.bandwidths[0] > 0 {
+                    self.bandwidths = [0, self.bandwidths[0]];
+                }
+                self.cycle_since = now;
+                self.cycle_rounds = 0;
+            }
+            State::ProbeRtt { .. } => self.kept_window = self.kept_window.max(self.window),
+            State::Startup | State::Drain | State::Cruise => {}
+        }
+        self.state = state;
+    }
+
+    fn update_state(&mut self, sample: &Sample) {
+        let now = sample.now;
+        match self.state {
+            State::Startup => {
+                if self.is_full {
+                    self.enter(State::Drain, now);
+                }
+            }
+            State::Drain => {
+                if sample.in_flight <= self.product(1000) {
+                    self.enter(State::Down, now);
+                }
+            }
+            State::Down => {
+                let room = self.in_flight_high / 1000 * HEADROOM;
+                if sample.in_flight <= self.product(1000).min(room.max(self.window_least())) {
+                    self.enter(State::Cruise, now);
+                } else if self.is_time_to_probe(now) {
+                    self.enter(State::Refill, now);
+                }
+            }
+            State::Cruise => {
+                if self.is_time_to_probe(now) {
+                    self.enter(State::Refill, now);
+                }
+            }
+            State::Refill => {
+                if self.cycle_rounds >= 2 {
+                    self.enter(State::Up, now);
+                }
+            }
+            State::Up => self.update_while_up(sample),
+            State::ProbeRtt { until } => match until {
+                None if sample.in_flight <= self.product(500).max(self.window_least()) => {
+                    let until = Some(now + PROBE_RTT_TIME);
+                    self.state = State::ProbeRtt { until };
+                }
+                Some(until) if now >= until => {
+                    self.rtt_minimum = self.rtt_minimum.map(|(rtt, _)| (rtt, now));
+                    self.window = self.window.max(self.kept_window);
+                    self.kept_window = 0;
+                    self.enter(if self.is_full { State::Down } else { State::Startup }, now);
+                }
+                None | Some(_) => {}
+            },
+        }
+        if !matches!(self.state, State::ProbeRtt { .. }) && self.is_rtt_stale(now) {
+            self.enter(State::ProbeRtt { until: None }, now);
+        }
+    }
+
+    fn is_time_to_probe(&self, now: Timestamp) -> bool {
+        let rounds = (self.product(1000) / self.segment).min(CRUISE_ROUNDS_MAX);
+        now.since(self.cycle_since) >= CRUISE_TIME || self.cycle_rounds >= rounds.max(8)
+    }
+
+    fn update_while_up(&mut self, sample: &Sample) {
+        let bound = self.loss_bound();
+        if self.is_congested(bound) {
+            let target = self.product(1000).min(self.window);
+            self.in_flight_high = sample.in_flight_before.max(target / 1000 * DECREASE);
+            self.enter(State::Down, sample.now);
+            return;
+        }
+        // The ceiling has held without loss: it was too low.
+        if sample.is_window_limited
+            && sample.in_flight_before + self.segment >= self.in_flight_high / 1000 * HEADROOM
+        {
+            self.in_flight_high = self.in_flight_high.saturating_add(sample.delivered);
+        }
+        let rtt = self.rtt_minimum.map_or(Duration::ZERO, |(rtt, _)| rtt);
+        let had_time = sample.now.since(self.cycle_since) >= rtt && self.cycle_rounds >= 2;
+        if had_time && sample.in_flight_before >= self.product(UP_PACING) {
+            self.enter(State::Down, sample.now);
+        } else if self.cycle_rounds >= 8 {
+            self.enter(State::Down, sample.now); // the application does not fill the path
+        }
+    }
+
+    fn set_pace(&mut self, sample: &Sample) {
+        let (gain, _) = self.gains();
+        let rate = match self.bandwidth() {
+            0 => {
+                let rtt = sample.rtt_smoothed.unwrap_or(Duration::from_millis(1));
+                (u128::from(self.window) * 1_000_000_000 / rtt.as_nanos().max(1)) as u64
+            }
+            bandwidth => bandwidth,
+        };
+        let rate = rate / 1000 * gain / 1000 * PACING_MARGIN;
+        if self.is_full || rate > self.pacing_rate {
+            self.pacing_rate = rate.max(self.segment);
+        }
+    }
+
+    fn set_window(&mut self, sample: &Sample) {
+        let (_, gain) = self.gains();
+        let bunching = self.bunching.most[0].max(self.bunching.most[1]);
+        // What the sender and the receiver hold back to work in larger units.
+        let units = 3 * (self.pacing_rate / 4000).max(2 * self.segment);
+        let target = self.product(gain) + bunching + units;
+        if self.is_full {
+            self.window = (self.window + sample.delivered).min(target);
+        } else if self.window < target || sample.delivered_total < 2 * initial_window(self.segment as u32) {
+            self.window += sample.delivered;
+        }
+        let ceiling = match self.state {
+            State::Startup | State::Drain | State::Refill | State::Up | State::Down => self.in_flight_high,
+            State::Cruise => self.in_flight_high / 1000 * HEADROOM,
+            State::ProbeRtt { .. } => self.product(500),
+        };
+        let ceiling = ceiling.min(self.in_flight_low);
+        self.window = self.window.min(ceiling).max(self.window_least());
+    }
+}
+
+impl Congestion for Bbr {
+    fn on_ack(&mut self, sample: &Sample) {
+        self.round.delivered += sample.delivered;
+        self.round.lost += sample.lost;
+        self.take_round_trip(sample);
+        if let Some(delivery) = &sample.delivery {
+            self.take_delivery(delivery);
+            if delivery.prior_delivered >= self.round.end {
+                self.on_round_end(delivery);
+                self.round = Round {
+                    end: sample.delivered_total,
+                    count: self.round.count + 1,
+                    ..Round::default()
+                };
+            }
+        }
+        self.take_bunching(sample);
+        self.update_state(sample);
+        self.set_pace(sample);
+        self.set_window(sample);
+    }
+
+    fn on_congestion(&mut self, _: Timestamp, _: u64) {}
+
+    fn on_recovered(&mut self, _: Timestamp, after_timeout: bool) {
+        if after_timeout {
+            self.window = self.window.max(self.kept_window);
+            self.kept_window = 0;
+        }
+    }
+
+    fn on_timeout(&mut self, _: Timestamp, _: u64, in_flight: u64, repeated: bool) {
+        if !repeated {
+            self.kept_window = self.kept_window.max(self.window);
+        }
+        self.window = in_flight + self.segment;
+    }
+
+    fn undo(&mut self, _: Timestamp) {
+        self.window = self.window.max(self.kept_window);
+        self.kept_window = 0;
+    }
+
+    fn on_idle(&mut self, _: Timestamp) {}
+
+    fn set_segment_size(&mut self, bytes: u32) {
+        self.segment = u64::from(bytes);
+    }
+
+    fn window(&self) -> u64 {
+        self.window
+    }
+
+    fn recovery_target(&self) -> Option<u64> {
+        None
+    }
+
+    fn pacing_rate(&self) -> Option<u64> {
+        (self.pacing_rate > 0).then_some(self.pacing_rate)
+    }
+}

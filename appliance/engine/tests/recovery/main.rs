@@ -1,0 +1,3 @@
+//! The recovery core against a client that says anything.
+
+mod hostile;
