@@ -35,7 +35,7 @@ pub(super) const FIGURES: &[Figure] = &[
     figure("proxy_s_per_gb", "proxy CPU-s per GB", 2, false),
     figure("machine_s_per_gb", "machine CPU-s per GB", 2, false),
     figure("per_s", "per second", 0, true),
-    figure("proxy_us_each", "proxy CPU-µs each", 1, false),
+    figure("proxy_us_each", "proxy CPU-µs each", 2, false),
     figure("p50_us", "p50 µs", 0, false),
     figure("p99_us", "p99 µs", 0, false),
     figure("lost_percent", "% lost", 2, false),
@@ -170,6 +170,7 @@ pub(super) fn markdown(results: &Results) -> String {
     }
     write_reference(&mut text, results);
     targets::write(&mut text, results);
+    write_capacity(&mut text, results);
     write_errors(&mut text, results);
     text
 }
@@ -281,6 +282,43 @@ fn write_reference(text: &mut String, results: &Results) {
         .collect();
     if !said.is_empty() {
         let _ = writeln!(text, "The kernel relay: {}.\n", said.join("; "));
+    }
+}
+
+/// What a core would carry that did nothing but tungate's work: the arithmetic of docs/capacity.md.
+fn write_capacity(text: &mut String, results: &Results) {
+    const GIB: f64 = (1_u64 << 30) as f64;
+    let rows = [
+        ("tcp-up-1", "proxy_s_per_gb", "Gbit/s, one upload", 8.0),
+        ("tcp-down-1", "proxy_s_per_gb", "Gbit/s, one download", 8.0),
+        ("tcp-up-8", "proxy_s_per_gb", "Gbit/s, eight uploads", 8.0),
+        ("tcp-down-8", "proxy_s_per_gb", "Gbit/s, eight downloads", 8.0),
+        ("connect", "proxy_us_each", "connections per second", 1e6),
+        (
+            "udp-64-up",
+            "proxy_us_each",
+            "datagrams of 64 B up per second",
+            1e6,
+        ),
+        (
+            "udp-64-down",
+            "proxy_us_each",
+            "datagrams of 64 B down per second",
+            1e6,
+        ),
+        ("hold", "kb_each", "held connections per GiB", GIB / 1024.0),
+    ];
+    let rows: Vec<_> = rows
+        .iter()
+        .filter_map(|(workload, figure, what, whole)| {
+            let each = results.median(Scenario::Router, Contender::Tungate, workload, figure)?;
+            let digits = usize::from(*whole < 100.0);
+            (each > 0.0).then(|| format!("| {what} | {:.digits$} |", whole / each))
+        })
+        .collect();
+    if !rows.is_empty() {
+        let _ = writeln!(text, "## What a core of the proxy alone would carry\n");
+        let _ = writeln!(text, "| of | by arithmetic |\n|---|---|\n{}\n", rows.join("\n"));
     }
 }
 

@@ -261,15 +261,19 @@ impl Run<'_> {
     }
 
     fn datagrams(&self, way: Way, size: usize) -> Result<Figures> {
+        let proxy = processor_seconds(self.processes);
         let (sent, received) = self.send_datagrams(way, size, None)?;
+        let proxy = processor_seconds(self.processes) - proxy;
         ensure!(received.datagrams > 0, "no datagram came through");
-        Ok(vec![
-            (
-                "per_s",
-                received.datagrams as f64 / received.seconds.max(self.seconds),
-            ),
+        let count = received.datagrams as f64;
+        let mut figures = vec![
+            ("per_s", count / received.seconds.max(self.seconds)),
             ("sent_per_s", sent.datagrams as f64 / sent.seconds),
-        ])
+        ];
+        if !self.processes.is_empty() {
+            figures.push(("proxy_us_each", proxy * 1e6 / count));
+        }
+        Ok(figures)
     }
 
     fn datagram_loss(&self) -> Result<Figures> {
