@@ -43,7 +43,7 @@ impl Appliance {
         let name = control.name();
         write!(
             configuration,
-            "[tun]\nclients = \"routed\"\ncongestion = \"{name}\"\n[limits]\nbuffer_per_flow = \"4 MiB\"\n"
+            "[tcp]\nclients = \"routed\"\ncongestion = \"{name}\"\n[limits]\nbuffer_per_flow = \"4 MiB\"\n"
         )
         .context("cannot write a file")?;
         let mut process = host.run(|| {

@@ -81,7 +81,11 @@ struct Work {
 }
 
 pub(super) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
-    let program = workspace.executable(&["build", "--release", "--package=xtask", "--bin=xtask"])?;
+    let program = if cfg!(debug_assertions) {
+        workspace.executable(&["build", "--release", "--package=xtask", "--bin=xtask"])?
+    } else {
+        std::env::current_exe().context("cannot find this program")?
+    };
     let appliance = match options.live {
         true => Some(workspace.executable(&["build", "--release", "--package=tungate", "--bin=tungate"])?),
         false => None,
@@ -119,7 +123,7 @@ pub(super) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         for megabits in [10, 100, 1000] {
             let (now, later): (Vec<Work>, Vec<Work>) =
                 work.into_iter().partition(|work| work.cell.megabits == megabits);
-            let jobs = usize::try_from(200 / megabits).unwrap_or(1).clamp(1, 8);
+            let jobs = usize::try_from(400 / megabits).unwrap_or(1).clamp(1, 16);
             results.merge(carry_out(&program, &now, jobs)?);
             work = later;
         }

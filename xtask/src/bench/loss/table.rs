@@ -28,7 +28,7 @@ pub(super) fn print(measured: &[Measured], words: &[String]) {
             Spread::of(runs.iter().map(Figures::goodput))
         });
     }
-    let several: Vec<_> = fills.into_iter().filter(|cell| cell.flows > 1).collect();
+    let several: Vec<&Cell> = fills.into_iter().filter(|cell| cell.flows > 1).collect();
     if !several.is_empty() {
         println!("\nFairness between the flows, by Jain's index.\n");
         print_table(measured, &several, |runs| {
@@ -41,23 +41,71 @@ pub(super) fn print(measured: &[Measured], words: &[String]) {
             Spread::of(runs.iter().map(|run| run.millis.unwrap_or(f64::INFINITY)))
         });
     }
+    print_lateness(measured, words);
 }
 
 fn print_table(measured: &[Measured], cells: &[&Cell], figure: impl Fn(&[Figures]) -> Spread) {
-    println!(
-        "| rate, round trip, queue, loss, flows | {} |",
-        SENDERS.map(Sender::name).join(" | ")
+    let find = |cell: &Cell, sender| {
+        let found = measured
+            .iter()
+            .find(|each| each.cell == *cell && each.sender == sender);
+        found.map(|found| figure(&found.runs))
+    };
+    // Columns of senders that nothing is known of would only take room.
+    let is_known = |sender: &Sender| cells.iter().any(|cell| find(cell, *sender).is_some());
+    let senders: Vec<Sender> = SENDERS.into_iter().filter(is_known).collect();
+    let mut titles: Vec<String> = senders.iter().map(|sender| sender.name().to_owned()).collect();
+    let controls = [Control::Cubic, Control::Bbr];
+    let has_both = |control: &Control| {
+        [Sender::Engine(*control), Sender::Linux(*control)]
+            .iter()
+            .all(is_known)
+    };
+    let compared: Vec<Control> = controls.into_iter().filter(has_both).collect();
+    titles.extend(
+        compared
+            .iter()
+            .map(|control| format!("{} ÷ Linux", control.name())),
     );
-    println!("|---|{}", "---|".repeat(SENDERS.len()));
+    println!(
+        "| Mbit/s, round trip, queue, loss, flows | {} |",
+        titles.join(" | ")
+    );
+    println!("|---|{}", "---|".repeat(titles.len()));
     for cell in cells {
-        let columns = SENDERS.map(|sender| {
-            let found = measured
-                .iter()
-                .find(|each| each.cell == **cell && each.sender == sender);
-            found.map_or_else(|| "–".to_owned(), |found| figure(&found.runs).to_string())
-        });
+        let text =
+            |spread: Option<Spread>| spread.map_or_else(|| "–".to_owned(), |spread| spread.to_string());
+        let mut columns: Vec<String> = senders.iter().map(|sender| text(find(cell, *sender))).collect();
+        columns.extend(compared.iter().map(|control| {
+            let ours = find(cell, Sender::Engine(*control));
+            let theirs = find(cell, Sender::Linux(*control));
+            ours.zip(theirs).map_or_else(
+                || "–".to_owned(),
+                |(ours, theirs)| format!("{:.2}", ours.median / theirs.median),
+            )
+        }));
         println!("| {cell} | {} |", columns.join(" | "));
     }
+}
+
+/// How late the forwarder was, over all runs that used it.
+fn print_lateness(measured: &[Measured], words: &[String]) {
+    let wanted = measured.iter().filter(|each| each.cell.has(words));
+    let late: Vec<[u64; 3]> = wanted
+        .flat_map(|each| &each.runs)
+        .filter_map(|run| run.late)
+        .collect();
+    if late.is_empty() {
+        return;
+    }
+    let column = |at: usize| late.iter().map(move |late| late[at]);
+    let [median, outer, most] = [0, 1, 2].map(|at| Spread::of(column(at).map(|micros| micros as f64)).median);
+    let [worst_median, worst_outer, worst] = [0, 1, 2].map(|at| column(at).max().unwrap_or(0));
+    println!(
+        "\nThe forwarder was late by {median:.0} µs for the median packet, by {outer:.0} µs for the 99th percentile and \
+         by {most:.0} µs at most (medians of {} runs); in the worst by {worst_median}, {worst_outer} and {worst} µs.",
+        late.len()
+    );
 }
 
 /// The middle of some figures, and how far they reach.
