@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use serde::Serialize;
+use tungate_engine::event::NameSource;
 use tungate_engine::{Policy, Protocol, Timestamp, policy::RuleRef};
 
 /// Who sent a captured packet.
@@ -88,8 +89,10 @@ pub struct FlowRecord {
     pub path: Path,
     /// The named egress, if one was used.
     pub egress: Option<String>,
-    /// The server's name, where the client's first bytes told it.
+    /// The server's name, where it is known.
     pub name: Option<String>,
+    /// Where it is known from.
+    pub name_source: Option<NameSource>,
     /// What the modelled upstream received.
     pub to_target: Stream,
     /// What the modelled client received.

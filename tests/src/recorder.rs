@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
 
+use tungate_engine::dns::Learned;
 use tungate_engine::io::{Open, PacketOut, UpstreamCommand};
 use tungate_engine::packet::segments;
 use tungate_engine::{Event, FlowId, PacketIn, ShardId, World};
@@ -94,6 +95,9 @@ impl World for Recorder {
     fn forward(&mut self, shard: ShardId, packet: PacketIn<'_>) {
         self.outputs.push(Output::Forward(shard, packet.bytes.to_vec()));
     }
+
+    // One engine has no others to tell.
+    fn learned(&mut self, _: &Learned) {}
 }
 
 impl From<UpstreamCommand<'_>> for Command {

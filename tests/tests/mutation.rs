@@ -242,6 +242,7 @@ impl<'a> Storm<'a> {
                 reassembly_bytes: 256 << 10,
                 buffer_bytes: 16 << 20,
                 buffer_per_flow: 64 << 10,
+                names: 50,
             },
             ..Config::default()
         };

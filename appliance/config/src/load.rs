@@ -11,7 +11,7 @@ use crate::document::{Document, Section};
 use crate::egress::{Egress, read_egresses};
 use crate::list::{Progress, read_limited, read_lists};
 use crate::rules::{check_rules, into_rules, read_rules};
-use crate::settings::{Control, Prefilter, read_control, read_engine, read_prefilter};
+use crate::settings::{Control, Prefilter, read_control, read_dns, read_engine, read_prefilter};
 
 /// Largest configuration file, in bytes.
 const LARGEST_FILE: u64 = 16 << 20;
@@ -120,6 +120,7 @@ fn read<'t>(
     let lists = read_lists(&mut root, directory, progress);
     let mut egresses = read_egresses(&mut root, directory);
     let rules = read_rules(&mut root, &mut egresses);
+    let resolver = read_dns(&mut root);
     let mut engine = Config::default();
     read_engine(&mut root, &mut engine);
     let prefilter = read_prefilter(&mut root);
@@ -144,6 +145,7 @@ fn read<'t>(
         lists: lists.entries,
         rules: into_rules(rules),
         egresses: names,
+        resolver,
     };
     let loaded = Loaded {
         policy,

@@ -1,14 +1,17 @@
-//! The sections with the engine's bounds, `[limits]`, `[timeouts]`, `[udp]`, `[tcp]` and `[tun]`, `[prefilter]` and
-//! `[control]`.
+//! The section `[dns]`, those with the engine's bounds, `[limits]`, `[timeouts]`, `[udp]`, `[tcp]` and `[tun]`, and
+//! `[prefilter]` and `[control]`.
 
+use std::net::{IpAddr, SocketAddr};
 use std::ops::{Range, RangeInclusive};
 use std::path::PathBuf;
 
 use toml::de::DeValue;
 use tungate_engine::config::{Clients, Config, Filtering, Limits, Timeouts};
+use tungate_engine::dns;
 
+use crate::address::{parse_address, parse_socket_address};
 use crate::diagnostic::Problem;
-use crate::document::{FromValue, Section, choice_of};
+use crate::document::{FromValue, Section, choice_of, text_of};
 use crate::value::{Bytes, GroupName, InterfaceName, SocketPath};
 
 /// Reassembly must have room for one datagram of the largest size, in bytes.
@@ -83,6 +86,14 @@ pub(crate) fn read_engine(root: &mut Section<'_, '_>, config: &mut Config) {
     }
 }
 
+/// Reads `[dns]`: who answers queries, if not whom clients ask.
+pub(crate) fn read_dns(root: &mut Section<'_, '_>) -> Option<SocketAddr> {
+    let mut section = root.section("dns")?;
+    let resolver = section.get::<Resolver>("resolver");
+    section.finish();
+    resolver.map(|resolver| resolver.into_inner().0)
+}
+
 /// Reads `[prefilter]`.
 pub(crate) fn read_prefilter(root: &mut Section<'_, '_>) -> Prefilter {
     let mut prefilter = Prefilter::default();
@@ -130,6 +141,7 @@ fn read_limits(mut section: Section<'_, '_>, limits: &mut Limits) {
         reassembly_bytes,
         buffer_bytes,
         buffer_per_flow,
+        names,
     } = limits;
     let numbers = 1..=u32::MAX.into();
     set_number(&mut section, "flows", flows, numbers.clone());
@@ -140,7 +152,8 @@ fn read_limits(mut section: Section<'_, '_>, limits: &mut Limits) {
         numbers.clone(),
     );
     set_number(&mut section, "half_open", half_open, numbers.clone());
-    set_number(&mut section, "sessions", sessions, numbers);
+    set_number(&mut section, "sessions", sessions, numbers.clone());
+    set_number(&mut section, "names", names, numbers);
     set_bytes(
         &mut section,
         "reassembly_bytes",
@@ -270,6 +283,29 @@ impl FromValue for Filtering {
     }
 }
 
+/// A server for DNS; on port 53 unless it says another.
+struct Resolver(SocketAddr);
+
+impl FromValue for Resolver {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        let text = text_of(value, "the address of a resolver", "\"192.0.2.53\"")?;
+        let server = match text.parse::<IpAddr>() {
+            Ok(address) => SocketAddr::new(address, dns::PORT),
+            Err(_) if !text.contains(':') => SocketAddr::new(parse_address(text)?, dns::PORT),
+            Err(_) => parse_socket_address(text)?,
+        };
+        let ip = server.ip();
+        if ip.is_unspecified() || ip.is_multicast() || server.port() == 0 {
+            return Err(Problem::at(
+                0..text.len(),
+                format!("nobody can be asked at {server}"),
+                "write the address of a server, such as \"192.0.2.53\"",
+            ));
+        }
+        Ok(Self(server))
+    }
+}
+
 impl FromValue for Clients {
     fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
         choice_of(value, &[("local", Self::Local), ("routed", Self::Routed)])
@@ -305,6 +341,7 @@ mod tests {
             reassembly_bytes = 65_536
             buffer_bytes = "16MiB"
             buffer_per_flow = "64 KiB"
+            names = 5_000
             [timeouts]
             connect = "1s"
             handshake = "2s"
@@ -346,6 +383,7 @@ mod tests {
                 reassembly_bytes: 65_536,
                 buffer_bytes: 16 << 20,
                 buffer_per_flow: 64 << 10,
+                names: 5_000,
             },
             timeouts: Timeouts {
                 connect: seconds(1),
@@ -496,5 +534,59 @@ mod tests {
             "`net admin` is not the name of a group",
             "getent group",
         );
+    }
+
+    #[test]
+    fn a_resolver_is_an_address_with_or_without_a_port() {
+        for (text, expected) in [
+            ("192.0.2.53", "192.0.2.53:53"),
+            ("192.0.2.53:5353", "192.0.2.53:5353"),
+            ("2001:db8::53", "[2001:db8::53]:53"),
+            ("[2001:db8::53]:5353", "[2001:db8::53]:5353"),
+        ] {
+            let loaded = read(&format!("[dns]\nresolver = \"{text}\"\n"));
+            assert_eq!(loaded.policy.resolver, Some(expected.parse().unwrap()));
+        }
+        assert_eq!(read("[dns]\n").policy.resolver, None);
+    }
+
+    #[test]
+    fn a_resolver_that_cannot_be_asked_is_a_mistake() {
+        for (text, message, hint) in [
+            (
+                "[dns]\nresolver = \"<<dns.example>>\"",
+                "is not an IP address",
+                "address",
+            ),
+            (
+                "[dns]\nresolver = \"<<192.0.2.300>>\"",
+                "is not an IP address",
+                "",
+            ),
+            ("[dns]\nresolver = \"192.0.2.53:<<99999>>\"", "is not a port", ""),
+            (
+                "[dns]\nresolver = \"<<0.0.0.0>>\"",
+                "nobody can be asked at 0.0.0.0:53",
+                "192.0.2.53",
+            ),
+            (
+                "[dns]\nresolver = \"<<192.0.2.53:0>>\"",
+                "nobody can be asked",
+                "192.0.2.53",
+            ),
+            ("[dns]\nresolver = \"<<224.0.0.251>>\"", "nobody can be asked", ""),
+            (
+                "[dns]\nresolver = <<53>>",
+                "the address of a resolver",
+                "192.0.2.53",
+            ),
+            (
+                "[dns]\n<<server>> = \"192.0.2.53\"",
+                "is not a key of [dns]",
+                "resolver",
+            ),
+        ] {
+            mistake(text, message, hint);
+        }
     }
 }

@@ -30,6 +30,7 @@ use etherparse::{PacketBuilder, TcpHeader, TcpHeaderSlice, TcpOptionElement};
 use rand_chacha::ChaCha12Rng;
 use rand_core::{Rng, SeedableRng};
 use rustix::time::{ClockId, clock_gettime};
+use tungate_engine::dns::Learned;
 use tungate_engine::io::{ChecksumState, PacketOut, UpstreamCommand, UpstreamEvent};
 use tungate_engine::policy::PolicySpec;
 use tungate_engine::{
@@ -558,5 +559,9 @@ impl World for Sink {
 
     fn forward(&mut self, shard: ShardId, _: PacketIn<'_>) {
         unreachable!("there is one shard, not {shard:?}")
+    }
+
+    fn learned(&mut self, _: &Learned) {
+        unreachable!("nobody asks for names")
     }
 }

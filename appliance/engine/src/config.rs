@@ -1,6 +1,6 @@
 //! What an engine is told once, at its start: sizes, limits and times, each with its default.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -67,6 +67,8 @@ pub struct Limits {
     pub buffer_bytes: u64,
     /// Largest buffer of one flow and direction, in bytes; a power of two from 16,384 to 4,194,304.
     pub buffer_per_flow: u32,
+    /// Addresses whose names are known by DNS, of all clients; every shard knows all of them.
+    pub names: u32,
 }
 
 /// Bounds on how long things may take. All have a place in RFCs or in Linux, named at each default.
@@ -108,6 +110,22 @@ impl Default for Config {
     }
 }
 
+impl Config {
+    /// The addresses of this host on the device, which its own connections come from: those behind the router's.
+    pub fn device_addresses(&self) -> (Ipv4Addr, Ipv6Addr) {
+        (
+            Ipv4Addr::from_bits(self.router_v4.to_bits().wrapping_add(1)),
+            Ipv6Addr::from_bits(self.router_v6.to_bits().wrapping_add(1)),
+        )
+    }
+
+    /// Who has this address, as far as can be told: this host has two.
+    pub(crate) fn client_of(&self, address: IpAddr) -> IpAddr {
+        let (v4, v6) = self.device_addresses();
+        if address == v6 { v4.into() } else { address }
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Self {
@@ -118,12 +136,13 @@ impl Default for Limits {
             reassembly_bytes: 4 << 20,
             buffer_bytes: 8 << 30,
             buffer_per_flow: 1 << 20,
+            names: 32_768,
         }
     }
 }
 
 impl Limits {
-    /// The share of one of `shards` engines, at least 1 of everything; `buffer_per_flow` is not divided.
+    /// The share of one of `shards` engines, at least 1 of everything; `buffer_per_flow` and `names` are not divided.
     pub fn share(&self, shards: u8) -> Self {
         let shards = u32::from(shards.max(1));
         let part = |whole: u32| whole.div_ceil(shards).max(1);
@@ -135,6 +154,7 @@ impl Limits {
             reassembly_bytes: part(self.reassembly_bytes),
             buffer_bytes: self.buffer_bytes.div_ceil(u64::from(shards)),
             buffer_per_flow: self.buffer_per_flow,
+            names: self.names,
         }
     }
 }

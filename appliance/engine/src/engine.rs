@@ -11,7 +11,8 @@ use rand_core::{Rng, SeedableRng};
 use crate::addr::{FlowId, IngressId, Protocol};
 use crate::config::Config;
 use crate::counters::Counters;
-use crate::event::{CloseReason, DropReason, Event};
+use crate::dns::{self, Learned, Names};
+use crate::event::{CloseReason, DropReason, Event, NameSource};
 use crate::flow::{ClientCounts, Flow, FlowKey, FlowTable, KeyHasher, Route};
 use crate::io::{
     ChecksumState, IcmpError, Input, Judgement, Open, PacketIn, Progress, Stage, Unreachable,
@@ -59,6 +60,9 @@ pub struct Engine {
     /// The packet last made whole from fragments.
     whole: Vec<u8>,
     counters: Counters,
+    names: Names,
+    /// What TCP flows have taught, and other shards do not know yet.
+    learned: Vec<Learned>,
     /// When an entry of the lists expires next.
     policy_due: Option<Timestamp>,
     draining: bool,
@@ -88,6 +92,8 @@ impl Engine {
             scratch: Vec::new(),
             whole: Vec::new(),
             counters: Counters::default(),
+            names: Names::new(config.limits.names),
+            learned: Vec::new(),
             policy_due: None,
             draining: false,
             wall_offset: 0,
@@ -116,6 +122,7 @@ impl Engine {
                 self.wall_offset = offset;
                 self.review(world);
             }
+            Input::Learned(learned) => self.names.learn(self.now, learned),
             Input::Drain => self.draining = true,
         }
         None
@@ -125,6 +132,9 @@ impl Engine {
     pub fn flush(&mut self, now: Timestamp, world: &mut dyn World) -> Option<Deadline> {
         self.now = self.now.max(now);
         self.expire(world);
+        for learned in self.learned.drain(..) {
+            world.learned(&learned);
+        }
         while let Some(id) = self.dirty.pop_front() {
             if self.give_turn(id, world) == Room::None {
                 self.dirty.push_front(id);
@@ -148,7 +158,18 @@ impl Engine {
         let Some(Flow::Tcp(tcp)) = self.flows.get_mut(flow) else {
             return 0;
         };
-        let taken = tcp.read(self.now, take);
+        let taken = if tcp.target.port() == dns::PORT {
+            let (mut conversation, server) = (tcp.conversation.take().unwrap_or_default(), tcp.target);
+            let taken = tcp.read(self.now, |bytes| {
+                let taken = take(bytes);
+                conversation.on_client(server, &bytes[..taken.min(bytes.len())]);
+                taken
+            });
+            tcp.conversation = Some(conversation);
+            taken
+        } else {
+            tcp.read(self.now, take)
+        };
         mark_dirty(&mut self.dirty, flow, tcp);
         taken
     }
@@ -163,7 +184,23 @@ impl Engine {
         let Some(Flow::Tcp(tcp)) = self.flows.get_mut(flow) else {
             return 0;
         };
-        let filled = tcp.write(self.now, fill);
+        let filled = if let Some(mut conversation) = tcp.conversation.take() {
+            let client = self.config.client_of(tcp.client.ip());
+            let (ingress, server) = (tcp.ingress, tcp.target);
+            let filled = tcp.write(self.now, |space| {
+                let filled = fill(space);
+                conversation.on_server(server, &space[..filled.min(space.len())], |answer| {
+                    let learned = answer.for_client(ingress, client);
+                    self.names.learn(self.now, &learned);
+                    self.learned.push(learned);
+                });
+                filled
+            });
+            tcp.conversation = Some(conversation);
+            filled
+        } else {
+            tcp.write(self.now, fill)
+        };
         mark_dirty(&mut self.dirty, flow, tcp);
         filled
     }
@@ -440,6 +477,7 @@ impl Engine {
             action,
             rule,
         });
+        self.tell_name(id, (ingress, client, target), world);
         let open = Open {
             ingress,
             protocol: Protocol::Tcp,
@@ -455,6 +493,25 @@ impl Engine {
             dropped: None,
             rule: Some(rule),
             flow: Some(id),
+        }
+    }
+
+    /// Tells the name that a new flow's client knows its target by, if it has learned one.
+    fn tell_name(
+        &self,
+        flow: FlowId,
+        (ingress, client, target): (IngressId, SocketAddr, SocketAddr),
+        world: &mut dyn World,
+    ) {
+        if let Some(name) =
+            self.names
+                .find(self.now, ingress, self.config.client_of(client.ip()), target.ip())
+        {
+            world.event(&Event::Named {
+                flow,
+                name: name.to_owned(),
+                source: NameSource::Dns,
+            });
         }
     }
 
@@ -534,6 +591,10 @@ impl Engine {
         let payload = datagram.payload;
         if let Some(Flow::Session(session)) = self.flows.get_mut(id) {
             session.on_sent(target, payload.len(), &self.config, self.now);
+            if target.port() == dns::PORT && segment_size.is_none() {
+                let questions = session.questions.get_or_insert_default();
+                questions.on_message(target, payload);
+            }
         }
         let segment_size = segment_size.filter(|size| usize::from(size.get()) < payload.len());
         let hop_limit = view.hop_limit() - 1;
@@ -660,6 +721,7 @@ impl Engine {
             action,
             rule,
         });
+        self.tell_name(id, (ingress, client, target), world);
         let (egress, target) = match route {
             Route::Direct => (None, target),
             Route::Egress(egress) => (Some(egress), target),
@@ -912,6 +974,12 @@ impl Engine {
         }
         let (ingress, client) = (session.ingress, session.client);
         let admitted = session.admit(source, &self.config);
+        let answer = match (admitted, &mut session.questions) {
+            (Ok(server), Some(questions)) if server.port() == dns::PORT => {
+                questions.on_answer(server, payload)
+            }
+            _ => None,
+        };
         let built = admitted.and_then(|seen| {
             if let Some((reason, rule)) = self.judge(source.ip(), client.ip(), Some(17), Some(client.port()))
             {
@@ -922,6 +990,12 @@ impl Engine {
         });
         match built {
             Ok(Some(datagram)) => {
+                // Before the client gets it: what it does next may come in by another shard.
+                if let Some(answer) = answer {
+                    let learned = answer.for_client(ingress, self.config.client_of(client.ip()));
+                    self.names.learn(self.now, &learned);
+                    world.learned(&learned);
+                }
                 datagram.send(
                     world,
                     self.config.mtu,

@@ -40,8 +40,33 @@ pub enum Event {
         /// Payload bytes that were sent to the client and, for TCP, acknowledged.
         to_client: u64,
     },
-    /// The client's first bytes name the server: TLS SNI (RFC 6066) or HTTP Host (RFC 9110).
-    Named { flow: FlowId, name: String },
+    /// The server's name has become known. What a client says itself comes after what it has asked for, and counts
+    /// more.
+    Named {
+        flow: FlowId,
+        name: String,
+        source: NameSource,
+    },
+}
+
+/// Where a server's name is known from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NameSource {
+    /// The client's first bytes: TLS SNI (RFC 6066) or HTTP Host (RFC 9110).
+    FirstBytes,
+    /// An answer that the client got to a question of its own.
+    Dns,
+}
+
+impl NameSource {
+    /// The word used in logs and reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::FirstBytes => "first-bytes",
+            Self::Dns => "dns",
+        }
+    }
 }
 
 macro_rules! reasons {

@@ -5,6 +5,7 @@ use std::num::NonZeroU16;
 use std::sync::Arc;
 
 use crate::addr::{FlowId, IngressId, Protocol, ShardId};
+use crate::dns::Learned;
 use crate::engine::Engine;
 use crate::event::{DropReason, Event};
 use crate::policy::{EgressId, Policy, RuleRef};
@@ -23,6 +24,8 @@ pub enum Input<'a> {
     Policy(Arc<Policy>),
     /// Nanoseconds from the Unix epoch to the driver's epoch ([`Timestamp::ZERO`]): the time of day.
     WallClock(i64),
+    /// What a client has learned by way of another shard.
+    Learned(&'a Learned),
     /// Accept no new flows, let the open ones finish.
     Drain,
 }
@@ -249,6 +252,8 @@ pub trait World {
     fn event(&mut self, event: &Event);
     /// Hands a whole packet, reassembled here from fragments, to the shard that owns its flow.
     fn forward(&mut self, shard: ShardId, packet: PacketIn<'_>);
+    /// Hands what a client has just learned to all other shards, as [`Input::Learned`]. A single shard has none to tell.
+    fn learned(&mut self, _learned: &Learned) {}
 }
 
 /// Feeds one input, carries out all that follows from it, and returns what became of a packet and when to come

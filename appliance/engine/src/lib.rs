@@ -7,6 +7,7 @@
 pub mod addr;
 pub mod config;
 mod counters;
+pub mod dns;
 mod engine;
 pub mod event;
 mod flow;

@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use crate::addr::{FlowId, IngressId, Protocol};
 use crate::config::{Config, Filtering};
+use crate::dns::{self, Questions};
 use crate::event::DropReason;
 use crate::flow::{Flow, FlowKey, FlowTable, Route};
 use crate::io::{IcmpError, World};
@@ -28,8 +29,6 @@ use crate::timers::Queued;
 
 /// Contacts that an address-dependent filter remembers per mapping; the oldest is forgotten first.
 const CONTACTS: usize = 64;
-
-const DNS_PORT: u16 = 53;
 
 /// A UDP mapping or an echo session.
 pub(crate) struct Session {
@@ -48,6 +47,8 @@ pub(crate) struct Session {
     idle: Duration,
     /// Addresses sent to, where the filter asks.
     contacts: VecDeque<IpAddr>,
+    /// What the client has asked by DNS, once it has.
+    pub(crate) questions: Option<Box<Questions>>,
     /// Neighbours in the order of use, kept by [`Recency`].
     links: Links,
 }
@@ -96,7 +97,7 @@ impl Session {
         let timeouts = &config.timeouts;
         let idle = match protocol {
             Protocol::Icmp => timeouts.icmp,
-            Protocol::Udp | Protocol::Tcp if target.port() == DNS_PORT => timeouts.dns,
+            Protocol::Udp | Protocol::Tcp if target.port() == dns::PORT => timeouts.dns,
             Protocol::Udp | Protocol::Tcp => timeouts.udp,
         };
         Self {
@@ -112,6 +113,7 @@ impl Session {
             last_used: now,
             idle,
             contacts: VecDeque::new(),
+            questions: None,
             links: Links::default(),
         }
     }
@@ -125,7 +127,7 @@ impl Session {
     pub(crate) fn on_sent(&mut self, target: SocketAddr, len: usize, config: &Config, now: Timestamp) {
         self.last_used = now;
         self.to_upstream += len as u64;
-        if target.port() != DNS_PORT && self.protocol == Protocol::Udp {
+        if target.port() != dns::PORT && self.protocol == Protocol::Udp {
             // More than a question and its answer.
             self.idle = config.timeouts.udp;
         }

@@ -280,7 +280,7 @@ fn without_port(host: &[u8]) -> &[u8] {
 
 /// Makes sure that `name` is a DNS name and no address, and puts it into lower case (RFC 1123, section 2.1; with
 /// underscores, which hosts do use).
-fn dns_name(name: &[u8]) -> Option<String> {
+pub(crate) fn dns_name(name: &[u8]) -> Option<String> {
     let name = name.strip_suffix(b".").unwrap_or(name);
     let is_label = |label: &[u8]| {
         (1..=63).contains(&label.len())

@@ -141,7 +141,7 @@ impl<B: Backend> Prefilter<B> {
     ) -> Result<Self, Error> {
         let by_rule = |(rule, count)| match rule {
             RuleRef::List(position) => Some((position, count)),
-            RuleRef::Rule(_) | RuleRef::Default => None,
+            RuleRef::Rule(_) | RuleRef::Default | RuleRef::Resolver => None,
         };
         Ok(Self {
             backend,

@@ -42,7 +42,9 @@ fn vm(lists: &[ListEntry]) -> Vm {
 fn told(verdict: Verdict) -> Expected {
     let entry = match verdict.rule {
         Some(RuleRef::List(index)) => Some(index),
-        Some(RuleRef::Rule(_) | RuleRef::Default) => panic!("the pre-filter knows list entries only"),
+        Some(RuleRef::Rule(_) | RuleRef::Default | RuleRef::Resolver) => {
+            panic!("the pre-filter knows list entries only")
+        }
         None => None,
     };
     let drop = verdict.action == Action::Drop;

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tungate_engine::dns::Learned;
 use tungate_engine::io::{ChecksumState, PacketOut, UpstreamCommand, UpstreamEvent, World};
 use tungate_engine::packet::TcpFlags;
 use tungate_engine::policy::PolicySpec;
@@ -489,5 +490,9 @@ impl World for Origin {
 
     fn forward(&mut self, _: ShardId, _: PacketIn<'_>) {
         panic!("there is one shard");
+    }
+
+    fn learned(&mut self, _: &Learned) {
+        panic!("nobody asks for names");
     }
 }

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use tungate_engine::event::NameSource;
 use tungate_engine::policy::{Action, RuleRef};
 use tungate_engine::{CloseReason, DropReason, FlowId, Policy, Protocol, Timestamp};
 
@@ -110,7 +111,7 @@ pub(super) struct Card {
     /// Which path refused it.
     pub(super) path: Path,
     pub(super) closed: Option<CloseReason>,
-    pub(super) name: Option<String>,
+    pub(super) name: Option<(String, NameSource)>,
     pub(super) anomalies: Anomalies,
 }
 
@@ -210,7 +211,8 @@ impl Card {
                 Path::Engine
             },
             egress,
-            name: self.name,
+            name_source: self.name.as_ref().map(|(_, source)| *source),
+            name: self.name.map(|(name, _)| name),
             to_target: result.to_target.stream(),
             to_client: result.to_client.stream(),
             end,

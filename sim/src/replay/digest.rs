@@ -130,9 +130,10 @@ impl Digest {
                 self.number(*to_upstream);
                 self.number(*to_client);
             }
-            Event::Named { flow, name } => {
+            Event::Named { flow, name, source } => {
                 self.tag(4);
                 self.number(flow.as_u64());
+                self.tag(*source as u8);
                 self.bytes(name.as_bytes());
             }
         }
@@ -202,6 +203,7 @@ impl Digest {
             Some(RuleRef::List(index)) => (1, index),
             Some(RuleRef::Rule(index)) => (2, index),
             Some(RuleRef::Default) => (3, 0),
+            Some(RuleRef::Resolver) => (4, 0),
         };
         self.tag(kind);
         self.buffer.extend_from_slice(&index.to_le_bytes());

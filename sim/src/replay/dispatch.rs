@@ -1,17 +1,17 @@
 //! The dispatcher: reads the capture in file order and hands each packet to the shard that owns its conversation.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, SyncSender};
+use std::sync::{Arc, OnceLock};
 
 use tungate_engine::packet::{IcmpMessage, PacketView, TcpFlags, Transport};
-use tungate_engine::{ShardId, Timestamp, shard};
+use tungate_engine::{ShardId, Timestamp, dns, shard};
 
 use super::fragments::Fragments;
 use super::item::{Batch, Counts, End, Item, Packet, Record, Reply, Verdict, What};
 use super::merge::Epoch;
 use super::repair::{self, Extent};
-use super::roles::{Facts, Role, Roles, Sender};
+use super::roles::{Facts, Place, Role, Roles, Sender};
 use super::{Options, Progress, SHARDS};
 use crate::capture::link::{self, LinkView};
 use crate::capture::{Capture, Damage, LinkType};
@@ -153,7 +153,7 @@ impl<'a> Dispatcher<'a> {
         for worker in &self.replies {
             match worker.recv() {
                 Ok(Reply::Settled(at)) => settled = settled.max(at),
-                Ok(Reply::Fragment(_)) | Err(_) => return Err(Abandoned),
+                Ok(Reply::Fragment(_) | Reply::Learned(_)) | Err(_) => return Err(Abandoned),
             }
         }
         self.end_epoch(End::Books, settled, capture.position())
@@ -223,7 +223,31 @@ impl<'a> Dispatcher<'a> {
             .role(self.now, view.source(), view.destination(), &facts, |client| {
                 owner(&view, client)
             });
+        if let Role::Target(place) = role
+            && view.ports().is_some_and(|(source, _)| source == dns::PORT)
+        {
+            return self.from_name_server(place, &found);
+        }
         self.place(role, &found);
+        Ok(())
+    }
+
+    /// Hands a packet from a name server to its shard, and what the client learns from it to all others.
+    fn from_name_server(&mut self, place: Place, found: &Found<'_>) -> Dispatched {
+        if let Some(begins) = self.roles.take_begun() {
+            self.push(place.shard, What::Begin(place, found.number, Box::new(begins)));
+        }
+        let packet = self.write(place.shard, found);
+        self.push(place.shard, What::Answer(place, packet));
+        let Reply::Learned(learned) = self.ask(place.shard)? else {
+            return Err(Abandoned);
+        };
+        for learned in learned {
+            let learned = Arc::new(learned);
+            for shard in (0..SHARDS).map(ShardId).filter(|shard| *shard != place.shard) {
+                self.push(shard, What::Learned(Arc::clone(&learned)));
+            }
+        }
         Ok(())
     }
 
@@ -245,7 +269,10 @@ impl<'a> Dispatcher<'a> {
                 let shard = shard::owner(view, SHARDS);
                 let packet = self.write(shard, &found);
                 self.push(shard, What::ClientFragment(packet));
-                self.ask(shard)?
+                match self.ask(shard)? {
+                    Reply::Fragment(whole) => whole,
+                    Reply::Learned(_) | Reply::Settled(_) => return Err(Abandoned),
+                }
             }
             Sender::Target => match self.fragments.push(self.now, view) {
                 Some(whole) => Some(whole.to_vec()),
@@ -349,16 +376,13 @@ impl<'a> Dispatcher<'a> {
         self.batch(shard).items.push(Item { time, shard, what });
     }
 
-    /// Sends a worker what there is, and waits for what became of the fragment at its end.
-    fn ask(&mut self, shard: ShardId) -> Result<Option<Vec<u8>>, Abandoned> {
+    /// Sends a worker what there is, and waits for what became of the item at its end.
+    fn ask(&mut self, shard: ShardId) -> Result<Reply, Abandoned> {
         let worker = usize::from(shard.0) % self.batches.len();
         let mut batch = std::mem::take(&mut self.batches[worker]);
-        batch.end = End::Fragment;
+        batch.end = End::Reply;
         self.workers[worker].send(batch).map_err(|_| Abandoned)?;
-        match self.replies[worker].recv() {
-            Ok(Reply::Fragment(whole)) => Ok(whole),
-            Ok(Reply::Settled(_)) | Err(_) => Err(Abandoned),
-        }
+        self.replies[worker].recv().map_err(|_| Abandoned)
     }
 
     fn end_epoch(&mut self, end: End, until: Timestamp, position: u64) -> Dispatched {

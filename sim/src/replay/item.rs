@@ -1,5 +1,8 @@
 //! What the dispatcher hands to the shards, and what they hand on.
 
+use std::sync::Arc;
+
+use tungate_engine::dns::Learned;
 use tungate_engine::policy::RuleRef;
 use tungate_engine::{DropReason, ShardId, Timestamp};
 
@@ -20,6 +23,10 @@ pub(super) enum What {
     Begin(Place, u64, Box<Begins>),
     /// A packet of a conversation.
     Packet(Side, Place, Packet),
+    /// A packet from a name server. The dispatcher waits for what clients have learned.
+    Answer(Place, Packet),
+    /// What a client has learned by way of another shard.
+    Learned(Arc<Learned>),
     /// A client's fragment, for the engine to put together. The dispatcher waits for the answer.
     ClientFragment(Packet),
     /// A fragment of something on its way to a client, of which nothing is known but where it belongs.
@@ -71,8 +78,8 @@ impl Batch {
 /// What follows a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) enum End {
-    /// Its last item is a fragment that the dispatcher waits for; the epoch goes on.
-    Fragment,
+    /// The dispatcher waits for what became of its last item; the epoch goes on.
+    Reply,
     /// An epoch is over.
     #[default]
     Epoch,
@@ -87,6 +94,8 @@ pub(super) enum End {
 pub(super) enum Reply {
     /// What became of a fragment: the whole packet, if it was the last one missing.
     Fragment(Option<Vec<u8>>),
+    /// What clients have learned since the last time.
+    Learned(Vec<Learned>),
     /// When this worker's shards have settled.
     Settled(Timestamp),
 }

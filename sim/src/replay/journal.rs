@@ -6,6 +6,7 @@
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 
+use tungate_engine::dns::Learned;
 use tungate_engine::io::{PacketOut, UpstreamCommand};
 use tungate_engine::journal::{Decoder, Header, JournalError};
 use tungate_engine::{Config, Engine, Event, FlowId, PacketIn, Policy, ShardId, Timestamp, World};
@@ -168,4 +169,7 @@ impl World for Listener {
     fn forward(&mut self, shard: ShardId, packet: PacketIn<'_>) {
         self.digest.forward(shard, packet.bytes);
     }
+
+    // The journal has it among what the other engines were told.
+    fn learned(&mut self, _: &Learned) {}
 }

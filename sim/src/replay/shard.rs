@@ -119,23 +119,17 @@ impl Shard {
                 None
             }
             What::Packet(side, place, packet) => {
-                let seen = match side {
-                    Side::Client if !packet.is_reassembled => self.look(bytes, packet, filter),
-                    Side::Client | Side::Target | Side::None => None,
-                };
-                let ip = ip_of(bytes, packet);
-                self.stage
-                    .begin(self.now, Cause::Packet(packet.number), Some(place.slot));
-                if let Some(card) = self.stage.card(place.slot) {
-                    card.on_packet(self.now);
-                }
-                match side {
-                    Side::Client => self.play_client(place, packet, ip, seen),
-                    Side::Target => self.play_target(place, packet, ip),
-                    Side::None => unreachable!("only what somebody sent belongs to a conversation"),
-                }
-                self.stage.attend(place.slot);
-                self.settle();
+                self.play_packet(*side, place, packet, bytes, filter);
+                None
+            }
+            What::Answer(place, packet) => {
+                self.play_packet(Side::Target, place, packet, bytes, filter);
+                Some(Reply::Learned(std::mem::take(&mut self.stage.learned)))
+            }
+            What::Learned(learned) => {
+                // Nothing follows from it yet.
+                self.host
+                    .handle(self.now, Input::Learned(learned), &mut self.stage);
                 None
             }
             What::ClientFragment(packet) => {
@@ -164,6 +158,33 @@ impl Shard {
                 None
             }
         }
+    }
+
+    fn play_packet(
+        &mut self,
+        side: Side,
+        place: &Place,
+        packet: &Packet,
+        bytes: &mut [u8],
+        filter: &mut Filter,
+    ) {
+        let seen = match side {
+            Side::Client if !packet.is_reassembled => self.look(bytes, packet, filter),
+            Side::Client | Side::Target | Side::None => None,
+        };
+        let ip = ip_of(bytes, packet);
+        self.stage
+            .begin(self.now, Cause::Packet(packet.number), Some(place.slot));
+        if let Some(card) = self.stage.card(place.slot) {
+            card.on_packet(self.now);
+        }
+        match side {
+            Side::Client => self.play_client(place, packet, ip, seen),
+            Side::Target => self.play_target(place, packet, ip),
+            Side::None => unreachable!("only what somebody sent belongs to a conversation"),
+        }
+        self.stage.attend(place.slot);
+        self.settle();
     }
 
     /// Lets everything happen that is due before `until`.

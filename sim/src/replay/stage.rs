@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use tungate_engine::dns::Learned;
 use tungate_engine::io::{PacketOut, UpstreamCommand};
 use tungate_engine::packet::segments;
 use tungate_engine::policy::Action;
@@ -67,6 +68,8 @@ pub(super) struct Stage {
     timers: BinaryHeap<Reverse<(Timestamp, u32)>>,
     /// The packet that the engine has put together from fragments.
     pub(super) whole: Option<Vec<u8>>,
+    /// What clients have learned, and other shards do not know yet.
+    pub(super) learned: Vec<Learned>,
     pub(super) policies: Arc<[Arc<Policy>]>,
     pub(super) policy: u16,
     pub(super) wanted: Wanted,
@@ -93,6 +96,7 @@ impl Stage {
             waiting: VecDeque::new(),
             timers: BinaryHeap::new(),
             whole: None,
+            learned: Vec::new(),
             policies: Arc::clone(&setup.policies),
             policy: 0,
             wanted: setup.wanted,
@@ -416,11 +420,11 @@ impl World for Stage {
                     tcp.on_closed(reason);
                 }
             }
-            Event::Named { flow, name } => {
+            Event::Named { flow, name, source } => {
                 if let Some(slot) = self.slot_of(Some(*flow))
                     && let Some(card) = self.card(slot)
                 {
-                    card.name = Some(name.clone());
+                    card.name = Some((name.clone(), *source));
                 }
             }
         }
@@ -429,5 +433,9 @@ impl World for Stage {
     fn forward(&mut self, shard: ShardId, packet: PacketIn<'_>) {
         self.digest.forward(shard, packet.bytes);
         self.whole = Some(packet.bytes.to_vec());
+    }
+
+    fn learned(&mut self, learned: &Learned) {
+        self.learned.push(learned.clone());
     }
 }

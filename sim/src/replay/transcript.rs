@@ -104,7 +104,9 @@ impl fmt::Display for Line<'_> {
                             reason.name()
                         )
                     }
-                    Event::Named { flow, name } => write!(f, "named #{flow} {name}"),
+                    Event::Named { flow, name, source } => {
+                        write!(f, "named #{flow} {name} by {}", source.name())
+                    }
                 }
             }
             Self::Policy(index) => write!(f, "in   policy    {index}"),

@@ -53,8 +53,8 @@ impl<'a> Worker<'a> {
                 std::mem::swap(&mut output, &mut shard.stage.output);
             }
             match batch.end {
-                End::Fragment => {
-                    let answer = answer.expect("a fragment is the last of its batch");
+                End::Reply => {
+                    let answer = answer.expect("what asks for a reply is the last of its batch");
                     if self.reply.send(answer).is_err() {
                         break;
                     }

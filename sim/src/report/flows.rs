@@ -6,6 +6,7 @@ use std::io;
 use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
+use tungate_engine::event::NameSource;
 use tungate_engine::{Protocol, Timestamp};
 
 use super::attempts::{self, Attempts};
@@ -121,6 +122,7 @@ pub(super) struct FlowJson<'a> {
     client: String,
     target: String,
     name: Option<&'a str>,
+    name_source: Option<NameSource>,
     first_packet: u64,
     packets: u64,
     first_time: f64,
@@ -170,6 +172,7 @@ impl<'a> From<&'a FlowRecord> for FlowJson<'a> {
             client: client.to_string(),
             target: target.to_string(),
             name: flow.name.as_deref(),
+            name_source: flow.name_source,
             first_packet: flow.first_packet,
             packets: flow.packets,
             first_time: seconds(flow.first_time),

@@ -1,5 +1,6 @@
 //! The table of flows, as wide as the terminal allows.
 
+use tungate_engine::event::NameSource;
 use unicode_width::UnicodeWidthStr;
 
 use super::flows::endpoints;
@@ -56,9 +57,18 @@ fn cells(flow: &FlowRecord) -> Cells {
         bytes(flow.to_client.bytes),
         flow.end.to_owned(),
         decision(flow),
-        printable(flow.name.as_deref().unwrap_or_default()),
+        name(flow),
         flow.anomalies.join(", "),
     ]
+}
+
+/// What the client has said itself stands as it is; what it was told by DNS is marked.
+fn name(flow: &FlowRecord) -> String {
+    let name = printable(flow.name.as_deref().unwrap_or_default());
+    match flow.name_source {
+        Some(NameSource::Dns) => format!("{name} (dns)"),
+        Some(NameSource::FirstBytes) | None => name,
+    }
 }
 
 /// Such as `direct`, `egress vpn by "streaming"`, `drop by "deny 192.0.2.0/24"`.

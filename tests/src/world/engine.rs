@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use tungate_engine::event::NameSource;
 use tungate_engine::io::UpstreamEvent;
 use tungate_engine::packet::segments;
 use tungate_engine::policy::{
@@ -225,8 +226,12 @@ impl World {
                 to_upstream,
                 to_client,
             } => self.on_closed(flow, reason, (to_upstream, to_client)),
-            Event::Named { flow, ref name } => {
-                assert_eq!(name, NAME);
+            Event::Named {
+                flow,
+                ref name,
+                source,
+            } => {
+                assert_eq!((name.as_str(), source), (NAME, NameSource::FirstBytes));
                 assert_eq!(
                     self.ledger.record(flow).attempt.map(|(client, _)| client),
                     Some(0)
@@ -270,7 +275,7 @@ impl World {
                     "{name} denies {target:?}"
                 ),
                 RuleRef::Rule(_) => assert_eq!(name, format!("{target:?}")),
-                RuleRef::Default => panic!("the default denies nothing"),
+                RuleRef::Default | RuleRef::Resolver => panic!("neither denies nothing"),
             }
         }
         assert_eq!(to_upstream, record.taken, "flow {id}: bytes to the upstream");

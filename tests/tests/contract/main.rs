@@ -179,6 +179,7 @@ impl Teller {
             reassembly_bytes: 16 << 10,
             buffer_bytes: 6 * (32 << 10),
             buffer_per_flow: setup.buffer_per_flow,
+            names: 3,
         };
         let config = Config {
             mtu: setup.mtu,

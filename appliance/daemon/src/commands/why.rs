@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use etherparse::PacketBuilder;
+use tungate_engine::dns::Learned;
 use tungate_engine::io::{ChecksumState, Judgement, PacketOut, UpstreamCommand};
 use tungate_engine::policy::{Action, RuleRef};
 use tungate_engine::{
@@ -159,10 +160,11 @@ fn explain(flow: &Described, config: Config, policy: &Arc<Policy>) -> Result<Str
         ),
         Some(rule @ RuleRef::Rule(_)) => format!("the rule `{}`", policy.name(rule)),
         Some(RuleRef::Default) => "the default: no rule fits".to_owned(),
+        Some(RuleRef::Resolver) => "[dns] resolver: no rule fits".to_owned(),
     };
     let path = match rule {
         Some(RuleRef::List(_)) => "the pre-filter where it is loaded, the engine elsewhere",
-        Some(RuleRef::Rule(_) | RuleRef::Default) | None => "the engine",
+        Some(RuleRef::Rule(_) | RuleRef::Default | RuleRef::Resolver) | None => "the engine",
     };
     let mut lines = format!("flow     {flow}\nverdict  {verdict}\nby       {by}\npath     {path}\n");
     if let Some(reason) = dropped {
@@ -199,6 +201,8 @@ impl World for Onlooker {
     }
 
     fn forward(&mut self, _: ShardId, _: PacketIn<'_>) {}
+
+    fn learned(&mut self, _: &Learned) {}
 }
 
 #[cfg(test)]

@@ -92,6 +92,7 @@ impl Names {
     pub(super) fn rule(&self, rule: RuleRef) -> &str {
         match rule {
             RuleRef::Rule(index) => &self.rules[index as usize],
+            RuleRef::Resolver => "resolver",
             RuleRef::List(_) | RuleRef::Default => "default",
         }
     }

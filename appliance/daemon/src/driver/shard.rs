@@ -240,6 +240,7 @@ impl Shard {
                     self.handle(Input::Policy(policy));
                 }
                 Message::WallClock(offset) => self.handle(Input::WallClock(offset)),
+                Message::Learned(learned) => self.handle(Input::Learned(&learned)),
                 Message::Drain => {
                     self.draining = true;
                     self.handle(Input::Drain);

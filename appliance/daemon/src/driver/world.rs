@@ -11,6 +11,8 @@ use std::sync::Arc;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
+use tungate_engine::dns::Learned;
+use tungate_engine::event::NameSource;
 use tungate_engine::io::{IcmpError, Open, PacketOut, Unreachable, UpstreamCommand, UpstreamError};
 use tungate_engine::policy::{Action, RuleRef};
 use tungate_engine::{
@@ -18,7 +20,7 @@ use tungate_engine::{
 };
 
 use super::device::Writer;
-use super::exchange::{Buffers, Mailbox};
+use super::exchange::{Buffers, Mailbox, Message};
 use super::gathered::{self, Gathered};
 use super::questions::{FlowReport, Names};
 use crate::egress::{Dialer, Egresses, Way};
@@ -91,7 +93,7 @@ struct Record {
     rule: RuleRef,
     /// What `rule` and `action` refer to.
     names: Arc<Names>,
-    name: Option<String>,
+    name: Option<(String, NameSource)>,
     opened: Timestamp,
 }
 
@@ -135,7 +137,7 @@ impl Flows {
                 protocol: record.protocol,
                 client: record.client,
                 target: record.target,
-                name: record.name.clone(),
+                name: record.name.as_ref().map(|(name, _)| name.clone()),
                 action: record.action,
                 rule: record.rule,
                 names: record.names.clone(),
@@ -436,9 +438,9 @@ impl World for ShardWorld {
                 self.on_opened(flow, record);
             }
             Event::Established { flow: _ } => {}
-            Event::Named { flow, name } => {
+            Event::Named { flow, name, source } => {
                 if let Some(entry) = self.flows.get_mut(*flow) {
-                    entry.record.name = Some(name.clone());
+                    entry.record.name = Some((name.clone(), *source));
                 }
             }
             &Event::Closed {
@@ -463,6 +465,18 @@ impl World for ShardWorld {
             Err(parcel) => {
                 self.losses.handed_over += 1;
                 self.buffers.give_back(parcel);
+            }
+        }
+    }
+
+    fn learned(&mut self, learned: &Learned) {
+        if self.mailboxes.len() == 1 {
+            return;
+        }
+        let learned = Arc::new(learned.clone());
+        for (index, mailbox) in self.mailboxes.iter().enumerate() {
+            if index != usize::from(self.shard.0) {
+                mailbox.send(Message::Learned(Arc::clone(&learned)));
             }
         }
     }
@@ -508,7 +522,8 @@ impl Record {
             protocol = %self.protocol,
             client = %self.client,
             target = %self.target,
-            name = self.name,
+            name = self.name.as_ref().map(|(name, _)| name),
+            name_source = self.name.as_ref().map(|(_, source)| source.name()),
             rule = self.rule(),
             egress = self.egress(),
             to_upstream,

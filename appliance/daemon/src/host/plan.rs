@@ -124,10 +124,7 @@ pub(crate) struct Capture {
 
 /// The device's own addresses: those behind the router's, by which the appliance reports errors.
 pub(crate) fn device_addresses(config: &Config) -> (Ipv4Addr, Ipv6Addr) {
-    (
-        Ipv4Addr::from_bits(config.router_v4.to_bits().wrapping_add(1)),
-        Ipv6Addr::from_bits(config.router_v6.to_bits().wrapping_add(1)),
-    )
+    config.device_addresses()
 }
 
 impl Capture {

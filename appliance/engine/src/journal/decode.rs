@@ -129,6 +129,7 @@ mod tests {
     use std::borrow::Cow;
     use std::net::{IpAddr, SocketAddr};
     use std::num::NonZeroU16;
+    use std::time::Duration;
 
     use proptest::collection::vec;
     use proptest::prelude::*;
@@ -137,6 +138,7 @@ mod tests {
     use super::*;
     use crate::addr::{FlowId, IngressId, ShardId};
     use crate::config::Config;
+    use crate::dns::Learned;
     use crate::io::{ChecksumState, IcmpError, Unreachable, UpstreamError, UpstreamEvent};
     use crate::journal::Call;
     use crate::policy::PolicySpec;
@@ -314,6 +316,18 @@ mod tests {
         ];
         let checksum = prop_oneof![Just(ChecksumState::Trusted), Just(ChecksumState::Unverified)];
         let packet = (any::<u16>(), checksum, size, bytes.clone());
+        let name = (
+            any::<IpAddr>(),
+            any::<u32>().prop_map(|seconds| Duration::from_secs(seconds.into())),
+        );
+        let learned = (any::<u16>(), any::<IpAddr>(), ".{0,20}", vec(name, 0..4)).prop_map(
+            |(ingress, client, name, addresses)| Learned {
+                ingress: IngressId(ingress),
+                client,
+                name,
+                addresses,
+            },
+        );
         let call = prop_oneof![
             packet.prop_map(|(ingress, checksum, segment_size, bytes)| {
                 Call::Packet {
@@ -327,6 +341,7 @@ mod tests {
             Just(Call::Wakeup),
             Just(Call::Policy(Cow::Owned(PolicySpec::default()))),
             any::<i64>().prop_map(Call::WallClock),
+            learned.prop_map(|learned| Call::Learned(Cow::Owned(learned))),
             Just(Call::Drain),
             Just(Call::Flush),
             (flow.clone(), any::<u32>()).prop_map(|(flow, taken)| Call::Read(flow, taken)),

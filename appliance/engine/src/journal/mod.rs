@@ -25,6 +25,7 @@ pub use record::Recorded;
 
 use crate::addr::{FlowId, IngressId, ShardId};
 use crate::config::Config;
+use crate::dns::Learned;
 use crate::engine::Engine;
 use crate::io::{ChecksumState, UpstreamEvent};
 use crate::policy::{Policy, PolicySpec};
@@ -33,7 +34,7 @@ use crate::time::Timestamp;
 /// What every journal starts with.
 pub const MAGIC: &[u8; 15] = b"tungate-journal";
 /// The version that is written, and the only one that is read.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 const PREAMBLE_LEN: usize = MAGIC.len() + size_of::<u32>();
 /// Length and checksum.
@@ -92,6 +93,8 @@ pub enum Call<'a> {
     Policy(Cow<'a, PolicySpec>),
     /// [`Engine::handle`] with [`Input::WallClock`](crate::io::Input::WallClock).
     WallClock(i64),
+    /// [`Engine::handle`] with [`Input::Learned`](crate::io::Input::Learned).
+    Learned(Cow<'a, Learned>),
     /// [`Engine::handle`] with [`Input::Drain`](crate::io::Input::Drain).
     Drain,
     /// [`Engine::flush`].

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::{Call, Entry, encode_block};
 use crate::addr::{FlowId, ShardId};
+use crate::dns::Learned;
 use crate::engine::Engine;
 use crate::event::Event;
 use crate::io::{Input, Judgement, PacketIn, PacketOut, UpstreamCommand, World};
@@ -43,6 +44,7 @@ impl Entry<'_> {
             Call::Wakeup => handle(Input::Wakeup),
             Call::Policy(spec) => handle(Input::Policy(Arc::new(Policy::new(spec.as_ref().clone())))),
             &Call::WallClock(offset) => handle(Input::WallClock(offset)),
+            Call::Learned(learned) => handle(Input::Learned(learned)),
             Call::Drain => handle(Input::Drain),
             Call::Flush => (None, engine.flush(self.at, &mut world)),
             &Call::Read(flow, taken) => {
@@ -112,6 +114,7 @@ impl<S: FnMut(&[u8])> Recorded<S> {
                 Call::Policy(Cow::Borrowed(policy.spec()))
             }
             &Input::WallClock(offset) => Call::WallClock(offset),
+            Input::Learned(learned) => Call::Learned(Cow::Borrowed(learned)),
             Input::Drain => Call::Drain,
         };
         let mut world = Watched {
@@ -240,6 +243,10 @@ impl<S: FnMut(&[u8])> World for Watched<'_, S> {
     fn forward(&mut self, shard: ShardId, packet: PacketIn<'_>) {
         self.world.forward(shard, packet);
     }
+
+    fn learned(&mut self, learned: &Learned) {
+        self.world.learned(learned);
+    }
 }
 
 /// The world during a repeated call: whether it has room is what was recorded.
@@ -281,6 +288,10 @@ impl World for Repeated<'_> {
 
     fn forward(&mut self, shard: ShardId, packet: PacketIn<'_>) {
         self.world.forward(shard, packet);
+    }
+
+    fn learned(&mut self, learned: &Learned) {
+        self.world.learned(learned);
     }
 }
 
@@ -373,6 +384,10 @@ mod tests {
 
         fn forward(&mut self, _: ShardId, _: PacketIn<'_>) {
             panic!("no shards")
+        }
+
+        fn learned(&mut self, _: &Learned) {
+            panic!("no questions")
         }
     }
 

@@ -1,6 +1,7 @@
 //! A world that keeps the packets it is sent.
 
 use crate::addr::{FlowId, ShardId};
+use crate::dns::Learned;
 use crate::event::Event;
 use crate::io::{PacketIn, PacketOut, UpstreamCommand, World};
 
@@ -46,6 +47,10 @@ impl World for Outbox {
     }
 
     fn forward(&mut self, _: ShardId, _: PacketIn<'_>) {
+        unreachable!("only packets are sent");
+    }
+
+    fn learned(&mut self, _: &Learned) {
         unreachable!("only packets are sent");
     }
 }

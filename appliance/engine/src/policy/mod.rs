@@ -11,7 +11,8 @@
 //! no entry with a port fits; where its protocol cannot be read, no entry with a protocol fits. Lists come before
 //! rules, and `allow` does not skip rules.
 //!
-//! **Rules.** The first rule that fits decides; with none, [`Action::Direct`] does.
+//! **Rules.** The first rule that fits decides; with none, a DNS query goes to the resolver, if there is one, and
+//! everything else takes [`Action::Direct`].
 
 mod lists;
 mod rules;
@@ -25,6 +26,7 @@ pub use lists::{ListAction, ListEntry, ListMatch, ListProtocol, ListSide, Lists,
 pub use rules::{Action, EgressId, EgressSpec, Rule, RuleMatch};
 
 use crate::addr::{IngressId, Protocol};
+use crate::dns;
 
 /// Everything a policy is made of, as plain data: what configurations parse to and journals hold.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -35,6 +37,8 @@ pub struct PolicySpec {
     pub rules: Vec<Rule>,
     /// Named ways out that rules refer to by [`EgressId`], an index into this list.
     pub egresses: Vec<EgressSpec>,
+    /// Who answers DNS queries that no rule decides about, instead of whom clients ask.
+    pub resolver: Option<SocketAddr>,
 }
 
 /// An immutable policy, ready for lookups.
@@ -53,6 +57,8 @@ pub enum RuleRef {
     Rule(u32),
     /// No entry and no rule fitted: the default, direct.
     Default,
+    /// No entry and no rule fitted a DNS query: [`PolicySpec::resolver`] answers it.
+    Resolver,
 }
 
 /// What the rules want done with a flow, and which of them said so.
@@ -81,7 +87,7 @@ impl Policy {
         &self.lists
     }
 
-    /// Asks the rules about a new flow; `ingress` is matched by later kinds of rules only.
+    /// Asks the rules, and the resolver where they say nothing, about a new flow; `ingress` is matched by later kinds of rules only.
     ///
     /// For ICMP the ports are 0, and no rule with ports fits.
     pub fn decide(
@@ -91,7 +97,20 @@ impl Policy {
         client: SocketAddr,
         target: SocketAddr,
     ) -> Decision {
-        rules::decide(&self.spec.rules, protocol, client, target)
+        let decision = rules::decide(&self.spec.rules, protocol, client, target);
+        match self.spec.resolver {
+            Some(resolver)
+                if decision.rule == RuleRef::Default
+                    && protocol != Protocol::Icmp
+                    && target.port() == dns::PORT =>
+            {
+                Decision {
+                    action: Action::Redirect(resolver),
+                    rule: RuleRef::Resolver,
+                }
+            }
+            Some(_) | None => decision,
+        }
     }
 
     /// The name of `rule` in reports and counters: the rule's own name, the entry as it would be written in a
@@ -118,6 +137,7 @@ impl fmt::Display for RuleName<'_> {
             RuleRef::List(index) => self.policy.spec.lists[index as usize].fmt(f),
             RuleRef::Rule(index) => f.write_str(&self.policy.spec.rules[index as usize].name),
             RuleRef::Default => f.write_str("default"),
+            RuleRef::Resolver => f.write_str("resolver"),
         }
     }
 }

@@ -42,7 +42,8 @@ use self::segment::{Control, Syn, SynPacket};
 use self::stack::{Link, Sending, Setup, Stack};
 use crate::addr::{FlowId, IngressId};
 use crate::config::{Config, Timeouts};
-use crate::event::{CloseReason, DropReason, Event};
+use crate::dns::Conversation;
+use crate::event::{CloseReason, DropReason, Event, NameSource};
 use crate::flow::{FlowKey, KeyHasher};
 use crate::io::{Progress, Stage, UpstreamCommand, World};
 use crate::packet::{PacketView, TcpFlags, TcpView, ip_header_len};
@@ -114,6 +115,8 @@ pub(crate) struct TcpFlow {
     /// Bytes put into the send buffer.
     accepted: u64,
     relay: Relay,
+    /// What is asked and answered in it, if it goes to a name server.
+    pub(crate) conversation: Option<Box<Conversation>>,
     upstream: Upstream,
     /// The driver knows that bytes wait.
     readable_told: bool,
@@ -206,6 +209,7 @@ impl TcpFlow {
             consumed: 0,
             accepted: 0,
             relay: Relay::inspected_by(|| Box::new(NameWatcher::new())),
+            conversation: None,
             upstream: Upstream::Open {
                 eof: false,
                 shut: false,
@@ -784,7 +788,11 @@ impl TcpFlow {
     /// Tells the driver, once each: established, bytes wait, there is room, the client has closed, it is over.
     fn tell(&mut self, id: FlowId, cx: &mut Context<'_>) {
         if let Some(name) = self.relay.take_name() {
-            cx.world.event(&Event::Named { flow: id, name });
+            cx.world.event(&Event::Named {
+                flow: id,
+                name,
+                source: NameSource::FirstBytes,
+            });
         }
         let (Phase::Live(stack) | Phase::Reset(stack)) = &mut self.phase else {
             return;

@@ -1,6 +1,7 @@
 //! UDP mappings, echo sessions, fragments, lists and policy changes as a client sees them.
 
 mod fragments;
+mod names;
 mod policy;
 #[path = "../support/mod.rs"]
 mod support;

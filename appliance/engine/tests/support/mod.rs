@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use etherparse::{PacketBuilder, TcpHeader, TcpOptionElement};
+use tungate_engine::dns::Learned;
 use tungate_engine::io::{ChecksumState, Open, PacketOut, UpstreamCommand, UpstreamEvent};
 use tungate_engine::packet::{PacketView, TcpView, Transport, segments};
 use tungate_engine::policy::PolicySpec;
@@ -50,6 +51,7 @@ pub struct Recorder {
     pub commands: Vec<(FlowId, Command)>,
     pub events: Vec<Event>,
     pub forwarded: Vec<(ShardId, Vec<u8>)>,
+    pub learned: Vec<Learned>,
     pub full: bool,
 }
 
@@ -103,6 +105,10 @@ impl World for Recorder {
 
     fn forward(&mut self, shard: ShardId, packet: PacketIn<'_>) {
         self.forwarded.push((shard, packet.bytes.to_vec()));
+    }
+
+    fn learned(&mut self, learned: &Learned) {
+        self.learned.push(learned.clone());
     }
 }
 

@@ -80,6 +80,7 @@ pub(super) fn flow(id: u64) -> FlowRecord {
         path: outcome::Path::Engine,
         egress: None,
         name: None,
+        name_source: None,
         to_target: stream(0),
         to_client: stream(id),
         end: "fin",

@@ -55,7 +55,8 @@ fn complain(error: &anyhow::Error) {
 
 fn exec(arguments: &cli::Exec) -> Result<ExitCode> {
     let mut loaded = configuration(arguments.policy.config.as_deref())?;
-    let resolver = Resolver::find(arguments.resolver, &loaded.engine);
+    let configured = arguments.resolver.or(loaded.policy.resolver);
+    let resolver = Resolver::find(configured, &loaded.engine);
     loaded.policy.rules.splice(0..0, resolver.rules.clone());
     let journal = arguments.journal.as_deref().map(create_journal).transpose()?;
     logs::of_a_command(arguments.verbose);
