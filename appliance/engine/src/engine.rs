@@ -346,7 +346,8 @@ impl Engine {
         let judgement = match pushed {
             Reassembly::Held => held,
             Reassembly::Dropped(reason) => self.drop_packet(reason, None, None, world),
-            // The whole packet takes the way of any packet, through the engine that owns its flow.
+            // The whole packet takes the way of any packet, to the engine that owns its flow and by whoever has to
+            // know of it before.
             Reassembly::Complete(checksum) => {
                 let packet = PacketIn {
                     bytes: &whole,
@@ -356,7 +357,7 @@ impl Engine {
                 };
                 let owner = PacketView::parse(&whole).map(|view| shard::owner(&view, self.config.shards));
                 match owner {
-                    Ok(owner) if owner != self.config.shard => {
+                    Ok(owner) if self.config.shards > 1 => {
                         world.forward(owner, packet);
                         held
                     }

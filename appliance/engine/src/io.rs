@@ -250,7 +250,8 @@ pub trait World {
     fn upstream(&mut self, flow: FlowId, command: UpstreamCommand<'_>);
     /// Takes note of something worth counting, logging or checking.
     fn event(&mut self, event: &Event);
-    /// Hands a whole packet, reassembled here from fragments, to the shard that owns its flow.
+    /// Hands a whole packet, reassembled here from fragments, to the shard that owns its flow; this one may be it. A
+    /// single shard keeps them.
     fn forward(&mut self, shard: ShardId, packet: PacketIn<'_>);
     /// Hands what a client has just learned to all other shards, as [`Input::Learned`]. A single shard has none to tell.
     fn learned(&mut self, _learned: &Learned) {}
