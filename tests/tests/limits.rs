@@ -73,6 +73,39 @@ fn no_more_half_open_flows_than_the_limit() {
     assert_eq!(rig.packet(&third).dropped, None);
 }
 
+/// A flood of SYNs to targets that do not answer holds no place for long, and costs no memory but the places'.
+#[test]
+fn attempts_that_nobody_answers_make_room_for_others() {
+    let mut rig = limited(Limits {
+        half_open: 2,
+        ..Limits::default()
+    });
+    let [first, second, third] =
+        ["10.0.0.2:1001", "10.0.0.2:1002", "10.0.0.2:1003"].map(|address| syn(&rig, address).packet());
+    let first = rig.packet(&first).flow.expect("accepted");
+    rig.pass(Duration::from_millis(60));
+    rig.packet(&second);
+    rig.pass(Duration::from_millis(39));
+    assert_eq!(rig.packet(&third).dropped, Some(DropReason::HalfOpenLimit));
+    rig.pass(Duration::from_millis(1));
+    assert_eq!(rig.packet(&third).dropped, None);
+    assert_eq!(rig.engine.counters().ends()["evicted"], 1);
+    // It is the first that went: news about its upstream means nothing any more.
+    rig.upstream(first, UpstreamEvent::Connected);
+    let fourth = syn(&rig, "10.0.0.2:1004").packet();
+    assert_eq!(
+        rig.packet(&fourth).dropped,
+        Some(DropReason::HalfOpenLimit),
+        "the second is young"
+    );
+    for number in 0..1000 {
+        rig.pass(Duration::from_millis(100));
+        let next = syn(&rig, &format!("10.0.1.{}:{}", number % 250, 2000 + number)).packet();
+        assert_eq!(rig.packet(&next).dropped, None);
+        assert_eq!(rig.engine.open_flows(), 2);
+    }
+}
+
 /// However an attempt ends, its place among the half-open is free again.
 #[test]
 fn half_open_places_come_back() {

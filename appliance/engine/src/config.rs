@@ -57,7 +57,7 @@ pub struct Limits {
     pub flows: u32,
     /// TCP flows of one client address.
     pub flows_per_client: u32,
-    /// TCP flows whose upstream is not yet connected.
+    /// TCP flows whose upstream is not yet connected. At the limit, one that has waited for 100 ms makes room.
     pub half_open: u32,
     /// UDP mappings and ICMP sessions; at the limit the least recently used goes.
     pub sessions: u32,

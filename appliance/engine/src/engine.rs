@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rand_chacha::ChaCha12Rng;
 use rand_core::{Rng, SeedableRng};
@@ -29,6 +30,10 @@ use crate::tcp::{Context, TcpFlow, Turn};
 use crate::time::{Deadline, Timestamp, WakeReason};
 use crate::timers::Timers;
 
+/// How long a flow may connect though there are as many as may: most targets answer sooner, and the others' clients ask
+/// again.
+const HALF_OPEN_KEPT: Duration = Duration::from_millis(100);
+
 /// The appliance's whole behaviour as a state machine, for one shard.
 ///
 /// Two engines built from the same configuration, policy and seed and fed the same inputs produce the same
@@ -45,6 +50,8 @@ pub struct Engine {
     clients: ClientCounts,
     /// TCP flows that still connect.
     half_open: usize,
+    /// They, and some that connect no longer, in the order in which they began.
+    connecting: VecDeque<FlowId>,
     /// TCP flows that are more than a memory.
     tcp_flows: usize,
     sessions: Recency,
@@ -79,6 +86,7 @@ impl Engine {
             flows: FlowTable::new(config.shard, hasher.clone()),
             clients: ClientCounts::new(hasher.clone()),
             half_open: 0,
+            connecting: VecDeque::new(),
             tcp_flows: 0,
             sessions: Recency::default(),
             arena: Arena::new(config.limits.buffer_bytes),
@@ -450,10 +458,10 @@ impl Engine {
             Some(DropReason::Draining)
         } else if self.tcp_flows >= limits.flows as usize {
             Some(DropReason::FlowLimit)
-        } else if self.half_open >= limits.half_open as usize {
-            Some(DropReason::HalfOpenLimit)
         } else if self.clients.of(ingress, client.ip()) >= limits.flows_per_client {
             Some(DropReason::ClientLimit)
+        } else if self.half_open >= limits.half_open as usize && !self.evict_half_open(world) {
+            Some(DropReason::HalfOpenLimit)
         } else {
             None
         };
@@ -468,6 +476,7 @@ impl Engine {
         let id = self.flows.insert(Flow::Tcp(flow));
         self.clients.add(ingress, client.ip());
         self.half_open += 1;
+        self.note_connecting(id);
         self.tcp_flows += 1;
         world.event(&Event::Opened {
             flow: id,
@@ -514,6 +523,39 @@ impl Engine {
                 source: NameSource::Dns,
             });
         }
+    }
+
+    /// Puts a new flow at the end of those that connect.
+    fn note_connecting(&mut self, id: FlowId) {
+        // What connects no longer is taken out when it has become the larger part.
+        if self.connecting.len() > 2 * self.half_open {
+            let flows = &mut self.flows;
+            self.connecting
+                .retain(|&id| matches!(flows.get_mut(id), Some(Flow::Tcp(flow)) if flow.half_open));
+        }
+        self.connecting.push_back(id);
+    }
+
+    /// Gives up the flow that has connected for longest, if that is long enough; says whether there was one. Whoever
+    /// floods targets that do not answer holds places for that long, and honest clients find others. Nothing is said to
+    /// its client, who will ask again.
+    fn evict_half_open(&mut self, world: &mut dyn World) -> bool {
+        while let Some(&oldest) = self.connecting.front() {
+            let since = match self.flows.get_mut(oldest) {
+                Some(Flow::Tcp(flow)) if flow.half_open => flow.since,
+                Some(Flow::Tcp(_) | Flow::Session(_)) | None => {
+                    self.connecting.pop_front();
+                    continue;
+                }
+            };
+            if self.now.since(since) < HALF_OPEN_KEPT {
+                return false;
+            }
+            self.connecting.pop_front();
+            self.end(oldest, CloseReason::Evicted, world);
+            return true;
+        }
+        false
     }
 
     // ---- policy ------------------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ reasons! {
         FlowLimit => "flow-limit",
         /// This client has as many flows as one client may.
         ClientLimit => "client-limit",
-        /// Too many upstream connections are being made.
+        /// Too many upstream connections are being made, none of them for long.
         HalfOpenLimit => "half-open-limit",
         /// No buffer memory for another flow.
         BufferLimit => "buffer-limit",
@@ -202,7 +202,7 @@ pub enum CloseReason {
     Replaced,
     /// A policy change denies the flow.
     Denied(RuleRef),
-    /// Evicted for a newer session at the limit.
+    /// It made room for a newer one at a limit.
     Evicted,
     /// No buffer memory when the upstream was connected.
     BufferLimit,

@@ -97,7 +97,7 @@ pub(crate) struct TcpFlow {
     syn: Syn,
     phase: Phase,
     /// When the phase began.
-    since: Timestamp,
+    pub(crate) since: Timestamp,
     /// When the client last sent anything.
     client_heard: Timestamp,
     /// When bytes last moved, in either direction, or one side closed.
