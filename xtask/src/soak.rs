@@ -55,6 +55,12 @@ enum Amount {
     Round,
 }
 
+/// Tests with a real device, one after the other: their programs have time limits of their own.
+const LIVE: &[(&str, Amount)] = &[
+    ("TUNGATE_LONG", Amount::Fixed(1)),
+    ("RUST_TEST_THREADS", Amount::Fixed(1)),
+];
+
 const STEPS: &[Step] = &[
     Step {
         name: "digests",
@@ -118,6 +124,42 @@ const STEPS: &[Step] = &[
             folder: "bpf/prefilter",
             test: "second_opinion",
             environment: &[("PROPTEST_CASES", Amount::Fixed(5_000))],
+        },
+    },
+    Step {
+        name: "live relay",
+        work: Work::Tests {
+            package: "tungate",
+            folder: "appliance/daemon",
+            test: "relay",
+            environment: LIVE,
+        },
+    },
+    Step {
+        name: "live programs",
+        work: Work::Tests {
+            package: "tungate",
+            folder: "appliance/daemon",
+            test: "programs",
+            environment: LIVE,
+        },
+    },
+    Step {
+        name: "live faults",
+        work: Work::Tests {
+            package: "tungate",
+            folder: "appliance/daemon",
+            test: "faults",
+            environment: LIVE,
+        },
+    },
+    Step {
+        name: "live recorded",
+        work: Work::Tests {
+            package: "tungate",
+            folder: "appliance/daemon",
+            test: "recorded",
+            environment: LIVE,
         },
     },
 ];

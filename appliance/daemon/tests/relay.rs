@@ -9,66 +9,43 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
-use sha2::{Digest, Sha256};
-use support::{Background, Lab, PATIENCE, SERVER, SERVER6, file, skipped, text, wait_for_server};
+use support::web::{self, Web, hash};
+use support::{Background, Lab, PATIENCE, SERVER, SERVER6, amount, skipped, text, wait_for_server};
 
 #[test]
 fn downloads_and_uploads_arrive_unchanged() {
-    if skipped(&["curl", "nginx"]) {
+    if skipped(&web::PROGRAMS) {
         return;
     }
     let lab = Lab::new();
     let appliance = lab.appliance(&[]);
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path();
-    let nginx = format!(
-        "daemon off; master_process off; error_log stderr; pid {0}/pid; events {{}}\n\
-         http {{ access_log off; client_max_body_size 0; client_body_temp_path {0}/body; sendfile on;\n\
-         proxy_temp_path {0}/p; fastcgi_temp_path {0}/f; uwsgi_temp_path {0}/u; scgi_temp_path {0}/s;\n\
-         server {{ listen 192.0.2.7:80; listen [2001:db8::7]:80; root {0}; dav_methods PUT; }} }}\nuser root;",
-        path.display()
-    );
-    let configuration = file(path, "nginx.conf", &nginx);
-    let mut server = lab.server.command("nginx");
-    server
-        .args(["-p", path.to_str().unwrap(), "-c", &configuration])
-        .stderr(Stdio::null());
-    let _server = Background(server.spawn().unwrap());
-    wait_for_server(&lab.server, "192.0.2.7:80");
-
+    let web = Web::start(&lab.server);
     // Larger than any buffer on the way, and no multiple of anything.
-    let content: Vec<u8> = (0..128_000_123_u32)
-        .map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8)
-        .collect();
-    std::fs::write(path.join("original"), &content).unwrap();
-    let hash = Sha256::digest(&content);
-    for (number, host) in [SERVER.to_owned(), format!("[{SERVER6}]")].iter().enumerate() {
-        let there = path.join(format!("uploaded{number}"));
-        let here = path.join(format!("downloaded{number}"));
+    let len = amount(64_000_123, 1_000_000_123);
+    let original = web.publish("original", len);
+    for host in [SERVER.to_owned(), format!("[{SERVER6}]")] {
+        let (there, here) = (web.path().join("uploaded"), web.path().join("downloaded"));
         let curl = |arguments: &str| {
-            let output = lab.host.run(&format!("curl -sS -f -m 120 {arguments}"));
+            let output = lab.host.run(&format!("curl -sS -f -m 300 {arguments}"));
             assert!(output.status.success(), "{}", text(&output.stderr));
         };
         curl(&format!("-o {} http://{host}/original", here.display()));
-        assert!(
-            Sha256::digest(std::fs::read(&here).unwrap()) == hash,
-            "download from {host}"
-        );
+        assert!(hash(&here) == original, "download from {host}");
         curl(&format!(
-            "-T {} http://{host}/uploaded{number}",
-            path.join("original").display()
+            "-T {} http://{host}/uploaded",
+            web.path().join("original").display()
         ));
-        assert!(
-            Sha256::digest(std::fs::read(&there).unwrap()) == hash,
-            "upload to {host}"
-        );
+        assert!(hash(&there) == original, "upload to {host}");
+        for path in [here, there] {
+            std::fs::remove_file(path).unwrap();
+        }
     }
     let flow = appliance.log.flow_to("192.0.2.7:80");
     assert_eq!(
         (&flow["end"], &flow["egress"], &flow["rule"]),
         (&"finished".into(), &"direct".into(), &"default".into())
     );
-    assert!(flow["to_client"].as_u64().unwrap() > content.len() as u64);
+    assert!(flow["to_client"].as_u64().unwrap() > len as u64);
     appliance.stop();
 }
 
@@ -482,39 +459,4 @@ fn iperf3_runs_in_all_directions_and_protocols() {
             assert!(rate > 1e6, "{options}: {rate} bit/s");
         }
     }
-}
-
-#[test]
-fn two_thousand_connections_at_once_all_get_their_answer() {
-    if skipped(&[]) {
-        return;
-    }
-    const CONNECTIONS: usize = 2000;
-    let lab = Lab::new();
-    let appliance = lab.appliance(&[]);
-    let listener = lab.server.listen("192.0.2.7:1000");
-    let server = std::thread::spawn(move || {
-        let mut streams: Vec<_> = (0..CONNECTIONS).map(|_| listener.accept().unwrap().0).collect();
-        for stream in &mut streams {
-            let mut number = [0; 8];
-            stream.read_exact(&mut number).unwrap();
-            stream.write_all(&number).unwrap();
-        }
-    });
-    lab.host.enter(|| {
-        let mut streams: Vec<_> = (0..CONNECTIONS)
-            .map(|_| TcpStream::connect_timeout(&"192.0.2.7:1000".parse().unwrap(), PATIENCE).unwrap())
-            .collect();
-        for (number, stream) in streams.iter_mut().enumerate() {
-            stream.write_all(&number.to_be_bytes()).unwrap();
-        }
-        for (number, stream) in streams.iter_mut().enumerate() {
-            stream.set_read_timeout(Some(PATIENCE)).unwrap();
-            let mut answer = Vec::new();
-            stream.read_to_end(&mut answer).unwrap();
-            assert_eq!(answer, number.to_be_bytes());
-        }
-    });
-    server.join().unwrap();
-    appliance.stop();
 }

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its own part")]
 
+pub mod web;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -24,6 +26,18 @@ pub const TUNGATE: &str = env!("CARGO_BIN_EXE_tungate");
 /// Addresses of the server behind the default route.
 pub const SERVER: &str = "192.0.2.7";
 pub const SERVER6: &str = "2001:db8::7";
+
+/// `short` in an ordinary run, `long` in a soak.
+pub fn amount(short: usize, long: usize) -> usize {
+    if std::env::var_os("TUNGATE_LONG").is_some() {
+        long
+    } else {
+        short
+    }
+}
+
+/// Debian's own Python, which has Debian's packages.
+pub const PYTHON: &str = "/usr/bin/python3";
 
 /// Says why a test does not run here, if it cannot.
 pub fn skipped(programs: &[&str]) -> bool {
@@ -149,17 +163,13 @@ impl Namespace {
         ] {
             state.push_str(&format!("# {arguments}\n{}", self.ip(arguments)));
         }
+        if Path::new("/usr/sbin/nft").exists() {
+            state.push_str(&format!("# nft\n{}", text(&self.run("nft list ruleset").stdout)));
+        }
         let settings = self.enter(|| {
             let mut settings = Vec::new();
             for family in ["ipv4", "ipv6"] {
-                let names = std::fs::read_dir(format!("/proc/sys/net/{family}/conf")).unwrap();
-                for name in names.flatten() {
-                    for key in ["forwarding", "force_forwarding", "rp_filter", "accept_ra"] {
-                        if let Ok(value) = std::fs::read_to_string(name.path().join(key)) {
-                            settings.push(format!("{}/{key}={value}", name.path().display()));
-                        }
-                    }
-                }
+                read_settings(Path::new(&format!("/proc/sys/net/{family}")), &mut settings);
             }
             settings.sort();
             settings.concat()
@@ -172,6 +182,17 @@ impl Namespace {
             .join("\n")
             + "\n"
             + &settings
+    }
+}
+
+/// All settings below `directory`, but for those that cannot be read.
+fn read_settings(directory: &Path, settings: &mut Vec<String>) {
+    for entry in std::fs::read_dir(directory).unwrap().flatten() {
+        if entry.file_type().unwrap().is_dir() {
+            read_settings(&entry.path(), settings);
+        } else if let Ok(value) = std::fs::read_to_string(entry.path()) {
+            settings.push(format!("{}={value}", entry.path().display()));
+        }
     }
 }
 
@@ -231,16 +252,27 @@ impl Appliance {
         appliance
     }
 
+    /// Starts one by another program, such as one that sets limits.
+    pub fn start_by(namespace: &Namespace, program: &[&str]) -> Self {
+        let mut command = namespace.command(program[0]);
+        command.args(&program[1..]).args([TUNGATE, "run", "--json"]);
+        let appliance = Self::follow(command);
+        appliance.log.wait(|line| line["message"] == "relaying");
+        appliance
+    }
+
     /// Starts one without waiting until it works.
     pub fn spawn(namespace: &Namespace, arguments: &[&str], environment: &[(&str, &str)]) -> Self {
-        let mut process = namespace
-            .command(TUNGATE)
+        let mut command = namespace.command(TUNGATE);
+        command
             .args(["run", "--json"])
             .args(arguments)
-            .envs(environment.iter().copied())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+            .envs(environment.iter().copied());
+        Self::follow(command)
+    }
+
+    fn follow(mut command: Command) -> Self {
+        let mut process = command.stderr(Stdio::piped()).spawn().unwrap();
         let log = Log::follow(process.stderr.take().unwrap());
         Self { process, log }
     }
