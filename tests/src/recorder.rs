@@ -3,6 +3,7 @@
 use std::fmt;
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
+use std::ptr::NonNull;
 
 use tungate_engine::dns::Learned;
 use tungate_engine::io::{Open, PacketOut, UpstreamCommand};
@@ -98,6 +99,12 @@ impl World for Recorder {
 
     // One engine has no others to tell.
     fn learned(&mut self, _: &Learned) {}
+
+    fn vacate(&mut self, memory: NonNull<[u8]>) {
+        // SAFETY: the engine has lent it for the call, and nobody else refers to it.
+        let memory = unsafe { &mut *memory.as_ptr() };
+        memory.fill(0xaa); // whoever reads it all the same is found out
+    }
 }
 
 impl From<UpstreamCommand<'_>> for Command {

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use crate::addr::{FlowId, IngressId, Protocol, ShardId};
@@ -255,6 +256,11 @@ pub trait World {
     fn forward(&mut self, shard: ShardId, packet: PacketIn<'_>);
     /// Hands what a client has just learned to all other shards, as [`Input::Learned`]. A single shard has none to tell.
     fn learned(&mut self, _learned: &Learned) {}
+    /// Offers `memory` of an idle flow, whole pages that nobody refers to for the length of the call: what they hold
+    /// will not be read before it is written, so the system may have them until then.
+    fn vacate(&mut self, memory: NonNull<[u8]>) {
+        let _ = memory; // to keep them does no harm
+    }
 }
 
 /// Feeds one input, carries out all that follows from it, and returns what became of a packet and when to come

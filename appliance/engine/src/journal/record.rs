@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::{Call, Entry, encode_block};
@@ -292,6 +293,10 @@ impl World for Repeated<'_> {
 
     fn learned(&mut self, learned: &Learned) {
         self.world.learned(learned);
+    }
+
+    fn vacate(&mut self, memory: NonNull<[u8]>) {
+        self.world.vacate(memory);
     }
 }
 

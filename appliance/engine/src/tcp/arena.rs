@@ -7,6 +7,7 @@
 //!
 //! The only `unsafe` code of the engine is here: smoltcp's sockets want `&'static mut` buffers.
 
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use smoltcp::iface::{SocketHandle, SocketSet, SocketStorage};
@@ -18,8 +19,11 @@ pub(crate) const CLASSES: [usize; 5] = [16 << 10, 64 << 10, 256 << 10, 1 << 20, 
 /// Above every threshold at which glibc's `calloc` maps fresh pages (32 MiB at most).
 const REGION: usize = 64 << 20;
 
+/// A buffer has its pages to itself, so that they can be given back while the flow is idle.
+const PAGE: usize = 4096;
+
 /// Buffers start at different cache sets: at one page alignment, the heads of all flows' buffers would compete for
-/// the same few.
+/// the same few. So they begin somewhere in the first page of their place.
 const COLOUR: usize = 3 * 64;
 
 /// Hands out buffers by size class, within a budget of bytes.
@@ -33,8 +37,9 @@ pub(crate) struct Arena {
 #[derive(Debug, Default)]
 struct Class {
     free: Vec<Buffer>,
-    /// The region that new buffers are cut from, and how far it is used up.
+    /// The region that new buffers are cut from, and how far it is used up, at a page's boundary.
     current: Option<(Arc<Region>, usize)>,
+    colour: usize,
 }
 
 /// Memory that buffers are cut from; freed with its last buffer.
@@ -49,6 +54,11 @@ unsafe impl Sync for Region {}
 impl Region {
     fn new() -> Self {
         Self(Box::into_raw(vec![0_u8; REGION].into_boxed_slice()))
+    }
+
+    /// Where its first whole page begins.
+    fn first_page(&self) -> usize {
+        self.0.cast::<u8>().addr().wrapping_neg() % PAGE
     }
 }
 
@@ -70,6 +80,14 @@ pub(crate) struct Buffer {
 impl Buffer {
     fn len(&self) -> usize {
         CLASSES[usize::from(self.class)]
+    }
+
+    /// The pages it lies in, which are its own.
+    fn pages(&self) -> NonNull<[u8]> {
+        let place = (self.offset - self.region.first_page()) / PAGE * PAGE + self.region.first_page();
+        // SAFETY: `Arena::take` has cut the place of this buffer, from a page's boundary on, out of the region.
+        let start = unsafe { NonNull::new_unchecked(self.region.0.cast::<u8>().add(place)) };
+        NonNull::slice_from_raw_parts(start, self.len() + PAGE)
     }
 
     /// Lends the memory for as long as nobody else may.
@@ -128,22 +146,31 @@ impl Arena {
     fn take(&mut self, class: usize) -> Buffer {
         let size = CLASSES[class];
         self.used += size as u64;
-        let Class { free, current } = &mut self.classes[class];
+        let Class {
+            free,
+            current,
+            colour,
+        } = &mut self.classes[class];
         if let Some(buffer) = free.pop() {
             return buffer;
         }
-        let stride = size + COLOUR;
-        let fresh = || (Arc::new(Region::new()), 0);
+        let stride = size + PAGE;
+        let fresh = || {
+            let region = Region::new();
+            let first = region.first_page();
+            (Arc::new(region), first)
+        };
         let (region, next) = current.get_or_insert_with(fresh);
         if *next + stride > REGION {
             (*region, *next) = fresh();
         }
         let buffer = Buffer {
             region: Arc::clone(region),
-            offset: *next,
+            offset: *next + *colour,
             class: class as u8,
         };
         *next += stride;
+        *colour = (*colour + COLOUR) % PAGE;
         buffer
     }
 }
@@ -184,6 +211,11 @@ impl Sockets {
         self.set.get_mut(self.handle)
     }
 
+    /// The pages of both buffers.
+    pub(crate) fn pages(&self) -> [NonNull<[u8]>; 2] {
+        [self.buffers[0].pages(), self.buffers[1].pages()]
+    }
+
     /// Capacity of each direction in bytes.
     pub(crate) fn capacity(&self) -> usize {
         self.buffers[0].len()
@@ -207,6 +239,22 @@ mod tests {
             .collect();
         ranges.sort_unstable();
         assert!(ranges.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0));
+        let mut pages: Vec<_> = sockets
+            .iter()
+            .flat_map(|sockets| &sockets.buffers)
+            .map(|buffer| {
+                let pages = buffer.pages();
+                let (start, end) = (pages.addr().get(), pages.addr().get() + pages.len());
+                let first = buffer.region.0.cast::<u8>().addr() + buffer.offset;
+                assert!(start % PAGE == 0 && start <= first && first + buffer.len() <= end);
+                (start, end)
+            })
+            .collect();
+        pages.sort_unstable();
+        assert!(
+            pages.windows(2).all(|pair| pair[0].1 <= pair[1].0),
+            "pages are one buffer's"
+        );
         let first = ranges[0].0;
         for sockets in sockets {
             arena.give_back(sockets);

@@ -64,6 +64,9 @@ const CHALLENGE_INTERVAL: Duration = Duration::from_secs(1);
 /// A stack with data in flight and no timer is reminded after this long, its least retransmission timeout.
 const REMIND_AFTER: Duration = Duration::from_secs(1);
 
+/// The buffers of a flow that moves no bytes for so long keep none of their memory.
+const VACATE_AFTER: Duration = Duration::from_secs(5);
+
 /// What one flow may send before the next has its turn.
 const PACKETS_PER_TURN: usize = 8;
 
@@ -110,6 +113,10 @@ pub(crate) struct TcpFlow {
     client_ack: (u32, u16),
     /// When to remind the stack of data in flight that it has no timer for.
     remind_at: Option<Timestamp>,
+    /// One past the highest sequence number of the client's bytes that the stack was given.
+    client_end: u32,
+    /// When bytes had last moved as the buffers' memory was offered to the system.
+    vacated: Option<Timestamp>,
     /// Bytes of the client that have left the receive buffer.
     consumed: u64,
     /// Bytes put into the send buffer.
@@ -206,6 +213,8 @@ impl TcpFlow {
             challenge_at: Timestamp::ZERO,
             client_ack: (0, 0),
             remind_at: None,
+            client_end: syn.sequence.wrapping_add(1),
+            vacated: None,
             consumed: 0,
             accepted: 0,
             relay: Relay::inspected_by(|| Box::new(NameWatcher::new())),
@@ -452,6 +461,9 @@ impl TcpFlow {
         };
         if !self.established || distance(self.client_ack.0, segment.acknowledgment) >= 0 {
             self.client_ack = (segment.acknowledgment, segment.window);
+        }
+        if distance(self.client_end, end) > 0 {
+            self.client_end = end;
         }
         let received = stack.receive_queue();
         let had_fin = stack.has_client_fin();
@@ -759,7 +771,28 @@ impl TcpFlow {
             later => later,
         };
         let due = due.or(self.remind_at).unwrap_or(Timestamp::MAX);
+        let due = due.min(self.vacate_when_idle(cx));
         Turn::Rest(due.min(self.limit(&cx.config.timeouts).0))
+    }
+
+    /// Offers the buffers' memory to the system once the flow is idle and nothing is in them. Returns when to look at
+    /// it again.
+    fn vacate_when_idle(&mut self, cx: &mut Context<'_>) -> Timestamp {
+        let Phase::Live(stack) = &self.phase else {
+            return Timestamp::MAX;
+        };
+        let at = self.last_byte + VACATE_AFTER;
+        if at > cx.now {
+            return at;
+        }
+        let expected = next_expected(&self.syn, self.consumed, stack);
+        let has_gaps = distance(expected, self.client_end) > 0;
+        let is_empty = stack.receive_queue() == 0 && stack.send_queue() == 0 && !has_gaps;
+        if self.vacated != Some(self.last_byte) && is_empty {
+            self.vacated = Some(self.last_byte);
+            stack.vacate(cx.world);
+        }
+        Timestamp::MAX
     }
 
     /// Feeds the stack what makes it retransmit: three duplicates of the client's last ACK (RFC 5681, section 3.2),

@@ -3,6 +3,7 @@
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its own part")]
 
 use std::net::{IpAddr, SocketAddr};
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -53,6 +54,8 @@ pub struct Recorder {
     pub forwarded: Vec<(ShardId, Vec<u8>)>,
     pub learned: Vec<Learned>,
     pub full: bool,
+    /// Buffers whose memory was offered to the system.
+    pub vacated: usize,
 }
 
 impl World for Recorder {
@@ -109,6 +112,13 @@ impl World for Recorder {
 
     fn learned(&mut self, learned: &Learned) {
         self.learned.push(learned.clone());
+    }
+
+    fn vacate(&mut self, memory: NonNull<[u8]>) {
+        // SAFETY: the engine has lent it for the call, and nobody else refers to it.
+        let memory = unsafe { &mut *memory.as_ptr() };
+        memory.fill(0xaa); // whoever reads it all the same is found out
+        self.vacated += 1;
     }
 }
 

@@ -355,6 +355,53 @@ fn a_slow_upstream_closes_the_window_and_opens_it_again() {
 }
 
 #[test]
+fn an_idle_flow_gives_its_memory_back_and_goes_on_unharmed() {
+    let mut rig = Rig::new();
+    let (mut client, flow) = Client::open(CLIENT, TARGET, &mut rig);
+    client.send(&mut rig, b"question");
+    assert_eq!(rig.read_all(flow), b"question");
+    rig.write(flow, b"answer");
+    assert_eq!(client.receive(&mut rig).0, b"answer");
+    rig.pass(Duration::from_secs(4));
+    assert_eq!(rig.world.vacated, 0, "it may be needed soon");
+    rig.pass(Duration::from_secs(2));
+    assert_eq!(rig.world.vacated, 2, "one buffer for each direction");
+    rig.pass(Duration::from_secs(600));
+    assert_eq!(rig.world.vacated, 2, "once until it is used again");
+    client.send(&mut rig, b"another question");
+    assert_eq!(rig.read_all(flow), b"another question");
+    rig.write(flow, b"another answer");
+    assert_eq!(client.receive(&mut rig).0, b"another answer");
+    rig.pass(Duration::from_secs(6));
+    assert_eq!(rig.world.vacated, 4);
+}
+
+#[test]
+fn memory_with_bytes_in_it_is_kept() {
+    let mut rig = Rig::new();
+    let (mut client, flow) = Client::open(CLIENT, TARGET, &mut rig);
+    // The second of two segments: it waits for the first, out of order.
+    let second = client.segment_at(client.sequence.wrapping_add(5), ACK, b" world");
+    rig.packet(&second);
+    rig.pass(Duration::from_secs(30));
+    assert_eq!(rig.world.vacated, 0);
+    client.send(&mut rig, b"hello");
+    client.sequence = client.sequence.wrapping_add(6);
+    // In order, but not read.
+    rig.pass(Duration::from_secs(30));
+    assert_eq!(rig.world.vacated, 0);
+    assert_eq!(rig.read_all(flow), b"hello world");
+    // On its way to a client that does not acknowledge it.
+    rig.segments();
+    rig.write(flow, b"are you there?");
+    rig.pass(Duration::from_secs(30));
+    assert_eq!(rig.world.vacated, 0);
+    assert_eq!(client.receive(&mut rig).0, b"are you there?");
+    rig.pass(Duration::from_secs(6));
+    assert_eq!(rig.world.vacated, 2);
+}
+
+#[test]
 fn holes_beyond_what_the_stack_remembers_are_filled_by_retransmission() {
     let mut rig = Rig::new();
     let (client, flow) = Client::open(CLIENT, TARGET, &mut rig);
