@@ -1,7 +1,8 @@
 //! Where the log goes.
 
+use std::cell::RefCell;
 use std::fmt;
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
@@ -17,7 +18,7 @@ const VARIABLE: &str = "TUNGATE_LOG";
 /// Logs to standard error: for people, or as JSON.
 pub(crate) fn to_stderr(json: bool) {
     let layer = tracing_subscriber::fmt::layer()
-        .with_writer(io::stderr)
+        .with_writer(|| Lines)
         .with_ansi(io::stderr().is_terminal());
     let registry = tracing_subscriber::registry().with(filter("info"));
     if json {
@@ -34,7 +35,7 @@ pub(crate) fn to_stderr(json: bool) {
 /// flow.
 pub(crate) fn of_a_command(verbose: bool) {
     let layer = tracing_subscriber::fmt::layer()
-        .with_writer(io::stderr)
+        .with_writer(|| Lines)
         .with_ansi(false)
         .event_format(Short);
     let default = if verbose {
@@ -46,6 +47,61 @@ pub(crate) fn of_a_command(verbose: bool) {
         .with(filter(default))
         .with(layer)
         .init();
+}
+
+/// More bytes than this do not wait.
+const GATHERED_MAX: usize = 64 << 10;
+
+thread_local! {
+    /// This thread's lines that wait to be written; `None`: they do not wait.
+    static GATHERED: RefCell<Option<Vec<u8>>> = const { RefCell::new(None) };
+}
+
+/// Has this thread's lines wait for [`write_gathered`], or the end of the returned value: a thread that has many would
+/// otherwise spend a call of the system, and the lock that all threads share, on each.
+pub(crate) fn gather() -> impl Drop {
+    struct Gathering;
+    impl Drop for Gathering {
+        fn drop(&mut self) {
+            write_gathered();
+            GATHERED.set(None);
+        }
+    }
+    GATHERED.set(Some(Vec::new()));
+    Gathering
+}
+
+/// Writes what waits. A thread that gathers lines calls it before it sleeps.
+pub(crate) fn write_gathered() {
+    GATHERED.with_borrow_mut(|gathered| {
+        if let Some(lines) = gathered.as_mut().filter(|lines| !lines.is_empty()) {
+            let _ = io::stderr().write_all(lines); // there is nobody to tell
+            lines.clear();
+        }
+    });
+}
+
+/// Standard error, by way of the lines that wait.
+struct Lines;
+
+impl Write for Lines {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let waits = GATHERED.with_borrow_mut(|gathered| {
+            let lines = gathered.as_mut()?;
+            lines.extend_from_slice(line);
+            Some(lines.len())
+        });
+        match waits {
+            None => return io::stderr().write(line),
+            Some(len) if len >= GATHERED_MAX => write_gathered(),
+            Some(_) => {}
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Lines that say whose they are, and neither time nor place.

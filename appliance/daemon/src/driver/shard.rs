@@ -33,6 +33,7 @@ use super::questions::{Listing, Names, RuleCounts};
 use super::world::{Flows, Losses, News, ShardWorld, flow_of};
 use super::{Report, Totals};
 use crate::egress::{Dialer, Egresses};
+use crate::logs;
 use crate::upstream::{Batch, Readiness, Tcp, Upstream};
 
 /// Packets read before flows have their turn.
@@ -172,6 +173,7 @@ pub(super) fn run(parts: Parts) -> io::Result<Totals> {
         Input::WallClock(shard.clock.wall_offset()),
         &mut shard.world,
     );
+    let _lines = logs::gather();
     shard.run()?;
     Ok(shard.totals())
 }
@@ -186,6 +188,7 @@ impl Shard {
             } else {
                 deadline.map(|deadline| deadline.at.since(self.clock.now()))
             };
+            logs::write_gathered();
             match self.poll.poll(&mut events, timeout) {
                 Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
                 Ok(()) | Err(_) => {}

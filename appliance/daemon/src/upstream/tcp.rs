@@ -26,8 +26,11 @@ pub(crate) struct Tcp {
     writable: bool,
     /// The poll has seen FIN: a short read is not the end of what is there.
     read_closed: bool,
-    /// The connection is lost.
+    /// The connection is lost, or could not be made.
     broken: bool,
+    /// The client has sent FIN, and all before it has been written; passed on in the next turn, if the socket is not
+    /// closed before.
+    close_wanted: bool,
     /// The engine has bytes for the socket.
     has_bytes: bool,
     /// The engine has room for bytes from the socket.
@@ -76,6 +79,7 @@ impl Tcp {
             writable: false,
             read_closed: false,
             broken: false,
+            close_wanted: false,
             has_bytes: false,
             has_room: false,
             finished: false,
@@ -91,7 +95,7 @@ impl Tcp {
         self.readable |= ready.readable || ready.read_closed || ready.error;
         self.writable |= ready.writable || ready.error;
         self.read_closed |= ready.read_closed;
-        self.broken |= ready.error && self.connected;
+        self.broken |= ready.error;
     }
 
     /// Bytes from the client wait in the engine.
@@ -106,8 +110,7 @@ impl Tcp {
 
     /// The client has sent FIN, and all before it has been written.
     pub(crate) fn close_write(&mut self) {
-        // It fails where the connection is lost, which reading will tell.
-        let _ = self.socket.shutdown(Shutdown::Write);
+        self.close_wanted = true;
     }
 
     /// Lets go of the connection with a reset.
@@ -124,6 +127,10 @@ impl Tcp {
         if !self.broken {
             progress.again |= self.write_socket(id, now, machine);
         }
+        if std::mem::take(&mut self.close_wanted) {
+            // It fails where the connection is lost, which reading will tell.
+            let _ = self.socket.shutdown(Shutdown::Write);
+        }
         let (news, again) = self.read_socket(id, now, machine);
         progress.again |= again;
         // A lost connection's last bytes go to the client as far as there is room; nobody waits for more.
@@ -138,7 +145,13 @@ impl Tcp {
         if !self.writable {
             return Progress::default();
         }
-        let news = match self.socket.take_error() {
+        // The poll tells of errors: where it has not, there is none to ask for.
+        let error = if std::mem::take(&mut self.broken) {
+            self.socket.take_error()
+        } else {
+            Ok(None)
+        };
+        let news = match error {
             Ok(None) => {
                 self.connected = true;
                 UpstreamEvent::Connected
