@@ -531,7 +531,7 @@ impl Record {
             target = %self.target,
             name = self.name.as_ref().map(|(name, _)| name),
             name_source = self.name.as_ref().map(|(_, source)| source.name()),
-            rule = self.rule(),
+            rule = %self.rule(),
             egress = self.egress(),
             to_upstream,
             to_client,
