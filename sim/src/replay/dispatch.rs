@@ -226,14 +226,14 @@ impl<'a> Dispatcher<'a> {
         if let Role::Target(place) = role
             && view.ports().is_some_and(|(source, _)| source == dns::PORT)
         {
-            return self.from_name_server(place, &found);
+            return self.look_at_answer(place, &found);
         }
         self.place(role, &found);
         Ok(())
     }
 
     /// Hands a packet from a name server to its shard, and what the client learns from it to all others.
-    fn from_name_server(&mut self, place: Place, found: &Found<'_>) -> Dispatched {
+    fn look_at_answer(&mut self, place: Place, found: &Found<'_>) -> Dispatched {
         if let Some(begins) = self.roles.take_begun() {
             self.push(place.shard, What::Begin(place, found.number, Box::new(begins)));
         }
