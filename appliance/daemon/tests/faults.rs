@@ -500,7 +500,7 @@ fn forged_resets_and_random_packets_end_nothing() {
         let len = 1 + random.next() as usize % 200;
         let mut packet: Vec<u8> = (0..len).map(|_| random.next() as u8).collect();
         // Often enough something that looks like a packet from the open connection.
-        if random.next() % 2 == 0 && len > 40 {
+        if random.next().is_multiple_of(2) && len > 40 {
             let header = syn(port, [192, 0, 2, 7], 1001, random.next() as u32);
             let kept = random.next() as usize % header.len();
             packet[..kept].copy_from_slice(&header[..kept]);
