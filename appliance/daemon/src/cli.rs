@@ -119,7 +119,7 @@ const CONTROL_CODES: &str = "Exit codes: 0 done, 1 other failures, 2 wrong usage
 
 #[derive(Args)]
 pub(crate) struct Control {
-    /// The appliance's control socket, where `socket` in [control] is another than the usual one
+    /// The appliance's control socket, where `control.socket` is another than the usual one
     #[arg(long = "control", value_name = "SOCKET")]
     pub(crate) socket: Option<PathBuf>,
 }

@@ -8,7 +8,7 @@
 //!
 //! A [`Pipe`] is one direction of a path, for packets of any kind: the simulation sends headers through it, the
 //! forwarder of `cargo xtask bench loss --linux` the kernel's packets, on the real clock. A [`Receiver`] acknowledges
-//! like Linux. A [`Client`] is a connection around one; a [`Run`] is clients, pipes and an engine on virtual time.
+//! like Linux. A client is a connection around one; a [`Run`] is clients, pipes and an engine on virtual time.
 //!
 //! Everything is a function of its seed. Nothing here reads a clock.
 
