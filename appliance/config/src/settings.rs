@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use toml::de::DeValue;
 use tungate_engine::config::{Clients, Config, Filtering, Limits, Timeouts};
 use tungate_engine::dns;
+use tungate_engine::recovery::CongestionControl;
 
 use crate::address::{parse_address, parse_socket_address};
 use crate::diagnostic::Problem;
@@ -58,6 +59,7 @@ pub(crate) fn read_engine(root: &mut Section<'_, '_>, config: &mut Config) {
         shards: _,
         mtu,
         clients,
+        congestion,
         router_v4,
         router_v6,
         limits,
@@ -76,6 +78,7 @@ pub(crate) fn read_engine(root: &mut Section<'_, '_>, config: &mut Config) {
     }
     if let Some(mut section) = root.section("tcp") {
         section.set("clients", clients);
+        section.set("congestion", congestion);
         section.finish();
     }
     if let Some(mut section) = root.section("tun") {
@@ -312,6 +315,18 @@ impl FromValue for Clients {
     }
 }
 
+impl FromValue for Option<CongestionControl> {
+    fn from_value(value: &DeValue<'_>) -> Result<Self, Problem> {
+        let choices = [
+            ("auto", None),
+            ("none", Some(CongestionControl::None)),
+            ("cubic", Some(CongestionControl::Cubic)),
+            ("bbr", Some(CongestionControl::Bbr)),
+        ];
+        choice_of(value, &choices)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -356,6 +371,7 @@ mod tests {
             filtering = "address-dependent"
             [tcp]
             clients = "routed"
+            congestion = "bbr"
             [tun]
             mtu = 9000
             router_v4 = "192.0.2.1"
@@ -373,6 +389,7 @@ mod tests {
         let expected = Config {
             mtu: 9000,
             clients: Clients::Routed,
+            congestion: Some(CongestionControl::Bbr),
             router_v4: "192.0.2.1".parse().unwrap(),
             router_v6: "2001:db8::1".parse().unwrap(),
             limits: Limits {
@@ -502,6 +519,11 @@ mod tests {
             "[tcp]\nclients = \"<<remote>>\"",
             "`remote` is none of",
             "use one of \"local\", \"routed\"",
+        );
+        mistake(
+            "[tcp]\ncongestion = \"<<reno>>\"",
+            "`reno` is none of",
+            "use one of \"auto\", \"none\", \"cubic\", \"bbr\"",
         );
         mistake("[tun]\nmtu = <<576>>", "576 is out of range", "use 1280 to 65535");
         mistake(

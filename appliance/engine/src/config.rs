@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::addr::ShardId;
+use crate::recovery::CongestionControl;
 
 /// Everything an engine is configured with. Limits are this shard's share.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,8 +17,10 @@ pub struct Config {
     pub shards: u8,
     /// Largest IP packet the device carries towards clients, in bytes; at least 1280.
     pub mtu: u16,
-    /// Where the clients are, which decides the congestion control towards them.
+    /// Where the clients are.
     pub clients: Clients,
+    /// The congestion control towards them; `None`: the one that suits where they are, [`Clients::congestion`].
+    pub congestion: Option<CongestionControl>,
     /// The appliance's own address as a router, for the errors it reports itself.
     pub router_v4: Ipv4Addr,
     /// The same for IPv6.
@@ -36,8 +39,18 @@ pub struct Config {
 pub enum Clients {
     /// On this host: the path to them loses nothing, and only their window limits what is sent.
     Local,
-    /// Behind a network: Cubic (RFC 9438).
+    /// Behind a network, which delays and loses: larger send buffers, and a congestion control.
     Routed,
+}
+
+impl Clients {
+    /// The congestion control that suits them.
+    pub fn congestion(self) -> CongestionControl {
+        match self {
+            Self::Local => CongestionControl::None,
+            Self::Routed => CongestionControl::Cubic,
+        }
+    }
 }
 
 /// Which datagrams from outside a UDP mapping lets in (RFC 4787, section 5).
@@ -65,7 +78,8 @@ pub struct Limits {
     pub reassembly_bytes: u32,
     /// Bytes of TCP buffers in all; both directions of a flow count.
     pub buffer_bytes: u64,
-    /// Largest buffer of one flow and direction, in bytes; a power of two from 16,384 to 4,194,304.
+    /// Largest buffer of one flow and direction, in bytes; a power of two from 16,384 to 4,194,304. The one towards a
+    /// routed client may be four times as large, within the same bounds.
     pub buffer_per_flow: u32,
     /// Addresses whose names are known by DNS, of all clients; every shard knows all of them.
     pub names: u32,
@@ -101,6 +115,7 @@ impl Default for Config {
             shards: 1,
             mtu: 1500,
             clients: Clients::Local,
+            congestion: None,
             router_v4: Ipv4Addr::new(198, 18, 0, 1), // RFC 2544's range: on no real network
             router_v6: Ipv6Addr::new(0xfd74, 0x756e, 0, 0, 0, 0, 0, 1),
             limits: Limits::default(),

@@ -51,6 +51,7 @@ use std::thread;
 
 use ipnet::IpNet;
 use tungate_engine::config::Clients;
+use tungate_engine::recovery::CongestionControl;
 use tungate_engine::{Config, Policy, Timestamp};
 
 use self::dispatch::Dispatcher;
@@ -90,8 +91,10 @@ pub enum Congestion {
     /// Only the client's window limits what is sent
     #[default]
     None,
-    /// As towards clients behind a network
+    /// As towards clients behind a network: by losses
     Cubic,
+    /// As towards clients behind a network: by a model of the path
+    Bbr,
 }
 
 /// How to replay.
@@ -274,8 +277,13 @@ fn engine_config(options: &Options) -> Config {
         shards: SHARDS,
         clients: match options.congestion {
             Congestion::None => Clients::Local,
-            Congestion::Cubic => Clients::Routed,
+            Congestion::Cubic | Congestion::Bbr => Clients::Routed,
         },
+        congestion: Some(match options.congestion {
+            Congestion::None => CongestionControl::None,
+            Congestion::Cubic => CongestionControl::Cubic,
+            Congestion::Bbr => CongestionControl::Bbr,
+        }),
         limits: options.config.limits.share(SHARDS),
         ..options.config.clone()
     }

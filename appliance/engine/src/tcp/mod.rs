@@ -16,14 +16,13 @@
 //! - One that ends beyond the receive buffer is cut there. The stack checks segments against the window it announced,
 //!   shifted by its scale, but the window of a SYN-ACK is not scaled: until its first later ACK it believes it has
 //!   announced up to 2^14 times as much, and panics when that much arrives (smoltcp 0.14.0, `enqueue_unallocated`).
-//! - One that acknowledges what was never sent is answered by an ACK (RFC 9293, section 3.10.7.4).
+//! - One that acknowledges what was never sent is answered by an ACK (RFC 9293, section 3.10.7.4), as is one that
+//!   acknowledges what was acknowledged long ago (RFC 5961, section 5.2).
 //! - A reset counts when its sequence number is exactly the next one expected; elsewhere in the window it is answered by
 //!   a challenge ACK (RFC 5961, section 3.2), outside it is dropped.
 //! - A SYN on a live connection is answered by a challenge ACK (RFC 5961, section 4.2); in TIME-WAIT it makes a new flow.
 //!
-//! Whatever panics all the same ends its own flow only. And where the stack forgets its retransmission timer (an ACK
-//! that closes the window with data in flight replaces it by the zero-window timer, which the window's reopening stops),
-//! duplicate ACKs of our making remind it.
+//! Whatever panics all the same ends its own flow only.
 //!
 //! Timers are the engine's: handshake, idle, half-close (from the last byte on), and how long the client may leave
 //! something unacknowledged. TIME-WAIT needs no stack: the flow remembers two sequence numbers for ten seconds.
@@ -31,6 +30,7 @@
 pub(crate) mod arena;
 pub mod recovery;
 pub(crate) mod segment;
+mod send;
 mod stack;
 
 use std::net::SocketAddr;
@@ -41,7 +41,7 @@ use self::arena::Arena;
 use self::segment::{Control, Syn, SynPacket};
 use self::stack::{Link, Sending, Setup, Stack};
 use crate::addr::{FlowId, IngressId};
-use crate::config::{Config, Timeouts};
+use crate::config::{Clients, Config, Timeouts};
 use crate::dns::Conversation;
 use crate::event::{CloseReason, DropReason, Event, NameSource};
 use crate::flow::{FlowKey, KeyHasher};
@@ -61,9 +61,6 @@ const RESET_LINGER: Duration = Duration::from_secs(10);
 /// Challenge ACKs are at least this far apart (RFC 5961, section 7).
 const CHALLENGE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A stack with data in flight and no timer is reminded after this long, its least retransmission timeout.
-const REMIND_AFTER: Duration = Duration::from_secs(1);
-
 /// The buffers of a flow that moves no bytes for so long keep none of their memory.
 const VACATE_AFTER: Duration = Duration::from_secs(5);
 
@@ -77,6 +74,9 @@ const BUFFERS_BY_LOAD: [(usize, usize); 4] = [
     (20_000, 64 << 10),
     (usize::MAX, 16 << 10),
 ];
+
+/// The largest send buffer.
+const SEND_BUFFER_MAX: usize = 4 << 20;
 
 /// A maximum segment size below this would make more headers than data; Linux's `TCP_MIN_SND_MSS`.
 const SEGMENT_SIZE_MIN: u16 = 48;
@@ -109,10 +109,6 @@ pub(crate) struct TcpFlow {
     outstanding_since: Timestamp,
     /// When a challenge ACK may be sent again.
     challenge_at: Timestamp,
-    /// The latest acknowledgment and window the client has sent.
-    client_ack: (u32, u16),
-    /// When to remind the stack of data in flight that it has no timer for.
-    remind_at: Option<Timestamp>,
     /// One past the highest sequence number of the client's bytes that the stack was given.
     client_end: u32,
     /// When bytes had last moved as the buffers' memory was offered to the system.
@@ -211,8 +207,6 @@ impl TcpFlow {
             last_byte: now,
             outstanding_since: now,
             challenge_at: Timestamp::ZERO,
-            client_ack: (0, 0),
-            remind_at: None,
             client_end: syn.sequence.wrapping_add(1),
             vacated: None,
             consumed: 0,
@@ -315,7 +309,7 @@ impl TcpFlow {
     /// Gives the stack's buffers back, if there are any.
     pub(crate) fn release(self, arena: &mut Arena) {
         match self.phase {
-            Phase::Live(stack) | Phase::Reset(stack) => arena.give_back(stack.into_sockets()),
+            Phase::Live(stack) | Phase::Reset(stack) => arena.give_back(stack.into_buffers()),
             Phase::Connecting | Phase::TimeWait { .. } | Phase::Ended(_) => {}
         }
     }
@@ -399,7 +393,7 @@ impl TcpFlow {
         {
             // As in TIME-WAIT: a reset changes nothing any more (RFC 1337), and what is repeated has missed our ACK.
             if segment.sequence_len() > 0 && !flags.rst() {
-                let ack = (sent, expected, scaled_window(&self.syn, stack));
+                let ack = (sent, expected, stack.window_field());
                 self.send_ack(ack, Some(id), cx);
             }
             return None;
@@ -444,7 +438,7 @@ impl TcpFlow {
                 .filter(|keep| *keep > 0)
             else {
                 // Wholly beyond the buffer: a window probe, or a peer that ignores the window.
-                let ack = (sent, expected, scaled_window(&self.syn, stack));
+                let ack = (sent, expected, stack.window_field());
                 self.send_ack(ack, Some(id), cx);
                 return Some(DropReason::TcpWindow);
             };
@@ -452,37 +446,58 @@ impl TcpFlow {
         } else {
             None
         };
-        let has_extension_headers = packet.is_ipv6() && packet.transport_offset() != 40;
-        let bytes = if keep.is_some() || has_extension_headers {
-            segment::rewrite(packet.bytes(), packet.transport_offset(), keep, cx.scratch);
-            cx.scratch.as_slice()
-        } else {
-            packet.bytes()
-        };
-        if !self.established || distance(self.client_ack.0, segment.acknowledgment) >= 0 {
-            self.client_ack = (segment.acknowledgment, segment.window);
-        }
         if distance(self.client_end, end) > 0 {
             self.client_end = end;
         }
+        // What is far from the window says nothing reliable about what we have sent (RFC 9293, section 3.10.7.4).
+        let is_near =
+            distance(segment.sequence, limit) >= 0 && distance(expected, end) >= -(stack.capacity() as i32);
         let received = stack.receive_queue();
         let had_fin = stack.has_client_fin();
-        let world = &mut *cx.world;
-        if catch_unwind(AssertUnwindSafe(|| stack.ingress(cx.now, bytes, world))).is_err() {
-            self.break_down(cx);
-            return Some(DropReason::Internal);
+        let was_finished = stack.is_finished();
+        let (now, world, scratch) = (cx.now, &mut *cx.world, &mut *cx.scratch);
+        let taking = catch_unwind(AssertUnwindSafe(|| {
+            if is_near && flags.ack() {
+                stack.on_acknowledgment(now, segment, expected, world)?;
+            }
+            // A pure ACK in its place has nothing to say to smoltcp.
+            if stack.is_open() && segment.sequence_len() == 0 && segment.sequence == expected {
+                return Ok(());
+            }
+            let acknowledgment = stack.acknowledgment_for_shadow(segment.acknowledgment);
+            let has_extension_headers = packet.is_ipv6() && packet.transport_offset() != 40;
+            let bytes = if keep.is_some() || has_extension_headers || acknowledgment.is_some() {
+                let transport = packet.transport_offset();
+                segment::rewrite(packet.bytes(), transport, keep, acknowledgment, scratch);
+                scratch.as_slice()
+            } else {
+                packet.bytes()
+            };
+            stack.on_segment(now, segment, bytes, expected, world);
+            Ok(())
+        }));
+        match taking {
+            Ok(Ok(())) => {}
+            Ok(Err(recovery::Unacceptable)) => {
+                self.send_challenge_ack(id, cx);
+                return Some(DropReason::TcpWindow);
+            }
+            Err(_) => {
+                self.break_down(cx);
+                return Some(DropReason::Internal);
+            }
         }
         if stack.receive_queue() != received || stack.has_client_fin() != had_fin {
             self.last_byte = cx.now;
         }
-        if stack.is_time_wait() {
-            // The stack would send it in its turn, but it gets none any more.
-            let ack = (
-                sent,
-                next_expected(&self.syn, self.consumed, stack),
-                scaled_window(&self.syn, stack),
-            );
-            self.send_ack(ack, Some(id), cx);
+        if stack.is_finished() && !was_finished {
+            let expected = next_expected(&self.syn, self.consumed, stack);
+            let sent = stack.sent().unwrap_or(sent);
+            if stack.owes_ack(expected) {
+                // The stack would send it in its turn, but it gets none any more.
+                let ack = (sent, expected, stack.window_field());
+                self.send_ack(ack, Some(id), cx);
+            }
         }
         self.tell(id, cx);
         keep.map(|_| DropReason::TcpWindow)
@@ -499,7 +514,7 @@ impl TcpFlow {
     /// The stack has panicked: nothing of it is used again but its buffers.
     fn break_down(&mut self, cx: &mut Context<'_>) {
         if let Phase::Live(stack) = self.take_phase() {
-            cx.arena.give_back(stack.into_sockets());
+            cx.arena.give_back(stack.into_buffers());
         }
     }
 
@@ -520,10 +535,13 @@ impl TcpFlow {
             .find(|(below, _)| flows < *below)
             .expect("the last is for any number")
             .1;
-        let Some(sockets) = cx
-            .arena
-            .socket(by_load.min(cx.config.limits.buffer_per_flow as usize))
-        else {
+        let receive = by_load.min(cx.config.limits.buffer_per_flow as usize);
+        let send = match cx.config.clients {
+            Clients::Local => receive,
+            // A path that is long or loses keeps more on its way; what is not needed is not touched.
+            Clients::Routed => (4 * receive).min(SEND_BUFFER_MAX),
+        };
+        let Some(buffers) = cx.arena.buffers(receive, send) else {
             return false;
         };
         let header_len = ip_header_len(self.client.ip()) as u16;
@@ -534,30 +552,20 @@ impl TcpFlow {
             .unwrap_or(SEGMENT_SIZE_DEFAULT)
             .max(SEGMENT_SIZE_MIN);
         let segment_size = client_mss.min(largest);
-        let link = Link {
-            ingress: self.ingress,
-            flow: id,
-            segment_size,
-            announced_mss: largest,
-            header_len,
-            sent: None,
-        };
-        let seed = cx
-            .hasher
-            .sequence_seed(self.client, self.target, cx.now.as_nanos());
+        let link = Link::new((self.ingress, id), header_len, segment_size, largest);
         let setup = Setup {
-            clients: cx.config.clients,
-            seed,
+            congestion: cx.config.congestion.unwrap_or(cx.config.clients.congestion()),
+            seed: cx
+                .hasher
+                .sequence_seed(self.client, self.target, cx.now.as_nanos()),
+            client: self.client,
             target: self.target,
+            syn: Syn {
+                max_segment_size: Some(segment_size),
+                ..self.syn
+            },
         };
-        let mut stack = Stack::new(sockets, link, &setup, cx.now);
-        // The stack knows the device's MTU for 65,535: one fast retransmission would fill whatever the client offers.
-        let syn = Syn {
-            max_segment_size: Some(segment_size),
-            ..self.syn
-        };
-        let syn = syn.packet(self.client, self.target);
-        stack.ingress(cx.now, syn.bytes(), cx.world);
+        let stack = Stack::new(buffers, link, &setup, cx.now, cx.world);
         self.phase = Phase::Live(Box::new(stack));
         self.since = cx.now;
         self.last_byte = cx.now;
@@ -586,11 +594,8 @@ impl TcpFlow {
             return;
         }
         let (now, world) = (cx.now, &mut *cx.world);
-        let sending = catch_unwind(AssertUnwindSafe(|| {
-            while stack.egress(now, false, world) {}
-            stack.abort();
-            stack.egress(now, true, world);
-        }));
+        let expected = next_expected(&self.syn, self.consumed, stack);
+        let sending = catch_unwind(AssertUnwindSafe(|| stack.abort(now, expected, world)));
         if sending.is_err() {
             self.break_down(cx);
         }
@@ -629,11 +634,11 @@ impl TcpFlow {
     /// A router towards the client carries packets of at most `mtu` bytes (RFC 1191, RFC 8201).
     pub(crate) fn handle_path_mtu(&mut self, mtu: u16) {
         if let Phase::Live(stack) = &mut self.phase {
-            let link = stack.link();
-            // Below the minimum MTU of the family, someone is playing games (RFC 8201, section 4).
-            let floor = if link.header_len == 20 { 576 } else { 1280 };
-            let size = mtu.max(floor) - link.header_len - segment::TCP_HEADER_LEN as u16;
-            link.segment_size = link.segment_size.min(size);
+            stack.limit_segment_size(|header_len| {
+                // Below the minimum MTU of the family, someone is playing games (RFC 8201, section 4).
+                let floor = if header_len == 20 { 576 } else { 1280 };
+                mtu.max(floor) - header_len - segment::TCP_HEADER_LEN as u16
+            });
         }
     }
 
@@ -748,7 +753,7 @@ impl TcpFlow {
             }
             let acknowledgment = next_expected(&self.syn, self.consumed, stack);
             let sequence = stack.sent().expect("a finished connection has sent its FIN");
-            let window = scaled_window(&self.syn, stack);
+            let window = stack.window_field();
             let until = cx.now + TIME_WAIT;
             let time_wait = Phase::TimeWait {
                 sequence,
@@ -757,20 +762,11 @@ impl TcpFlow {
                 until,
             };
             if let Phase::Live(stack) = std::mem::replace(&mut self.phase, time_wait) {
-                cx.arena.give_back(stack.into_sockets());
+                cx.arena.give_back(stack.into_buffers());
             }
             return Turn::Lingering(until);
         }
-        self.remind_at = match self.remind_at {
-            _ if due.is_some() || stack.send_queue() == 0 => None,
-            None => Some(cx.now + REMIND_AFTER),
-            Some(at) if at <= cx.now => {
-                self.remind(cx);
-                return Turn::More;
-            }
-            later => later,
-        };
-        let due = due.or(self.remind_at).unwrap_or(Timestamp::MAX);
+        let due = due.unwrap_or(Timestamp::MAX);
         let due = due.min(self.vacate_when_idle(cx));
         Turn::Rest(due.min(self.limit(&cx.config.timeouts).0))
     }
@@ -795,29 +791,6 @@ impl TcpFlow {
         Timestamp::MAX
     }
 
-    /// Feeds the stack what makes it retransmit: three duplicates of the client's last ACK (RFC 5681, section 3.2),
-    /// behind two with different windows, which make it count from zero.
-    fn remind(&mut self, cx: &mut Context<'_>) {
-        self.remind_at = None;
-        let Phase::Live(stack) = &mut self.phase else {
-            return;
-        };
-        let (acknowledgment, window) = self.client_ack;
-        let expected = next_expected(&self.syn, self.consumed, stack);
-        let world = &mut *cx.world;
-        for window in [window ^ 1, window, window, window, window] {
-            let ack = Control {
-                source: self.client,
-                destination: self.target,
-                flags: TcpFlags::ACK,
-                sequence: expected,
-                acknowledgment,
-                window,
-            };
-            stack.ingress(cx.now, ack.packet(cx.scratch), world);
-        }
-    }
-
     /// Tells the driver, once each: established, bytes wait, there is room, the client has closed, it is over.
     fn tell(&mut self, id: FlowId, cx: &mut Context<'_>) {
         if let Some(name) = self.relay.take_name() {
@@ -834,11 +807,8 @@ impl TcpFlow {
             self.established = true;
             cx.world.event(&Event::Established { flow: id });
         }
-        // The stack takes FIN at any time but bears it only at some. In SYN-RECEIVED it forgets that its SYN was never
-        // acknowledged; in LAST-ACK it is deaf to windows that open, so nothing may wait for one there.
-        let has_eof = !matches!(self.upstream, Upstream::Open { eof: false, .. });
-        if has_eof && self.established && (stack.send_queue() == 0 || !stack.has_client_fin()) {
-            stack.close();
+        if self.established && !matches!(self.upstream, Upstream::Open { eof: false, .. }) {
+            stack.finish();
         }
         let Upstream::Open { eof, shut } = &mut self.upstream else {
             return;
@@ -852,7 +822,7 @@ impl TcpFlow {
             *shut = true;
             cx.world.upstream(id, UpstreamCommand::CloseWrite);
         }
-        if self.room_wanted && !*eof && self.established && stack.room() * 4 >= stack.capacity() {
+        if self.room_wanted && !*eof && self.established && stack.room() * 4 >= stack.send_limit() {
             self.room_wanted = false;
             cx.world.upstream(id, UpstreamCommand::Writable);
         }
@@ -920,7 +890,7 @@ impl TcpFlow {
         let ack = (
             sent,
             next_expected(&self.syn, self.consumed, stack),
-            scaled_window(&self.syn, stack),
+            stack.window_field(),
         );
         self.send_ack(ack, Some(id), cx);
     }
@@ -952,19 +922,4 @@ fn distance(from: u32, to: u32) -> i32 {
 fn next_expected(syn: &Syn, consumed: u64, stack: &Stack) -> u32 {
     let received = consumed + stack.receive_queue() as u64 + u64::from(stack.has_client_fin());
     syn.sequence.wrapping_add(1).wrapping_add(received as u32)
-}
-
-/// The window as a segment of ours carries it, by the scale that the SYN-ACK announced.
-fn scaled_window(syn: &Syn, stack: &Stack) -> u16 {
-    let shift = if syn.window_scale.is_some() {
-        window_shift(stack.capacity())
-    } else {
-        0
-    };
-    u16::try_from(stack.window() >> shift).unwrap_or(u16::MAX)
-}
-
-/// The window scale that goes with a buffer (RFC 7323, section 2.3), as smoltcp chooses it.
-fn window_shift(capacity: usize) -> u32 {
-    (usize::BITS - capacity.leading_zeros()).saturating_sub(16)
 }

@@ -19,7 +19,7 @@ const PROTOCOL_TCP: u8 = 6;
 /// Identification 0, which goes with the flag: such packets are never in pieces (RFC 6864).
 const DONT_FRAGMENT: [[u8; 2]; 2] = [[0, 0], [0x40, 0]];
 
-/// A segment without data.
+/// A segment's header; most that the engine writes have no data.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Control {
     pub(crate) source: SocketAddr,
@@ -53,7 +53,7 @@ impl Control {
     pub(crate) fn send(&self, ingress: IngressId, flow: Option<FlowId>, world: &mut dyn World) {
         let header_len = ip_header_len(self.source.ip());
         let packet = world.packet_buffer(header_len + TCP_HEADER_LEN);
-        self.write(packet, &[]);
+        self.write(packet, &[], (&[], &[]));
         world.send_packet(PacketOut {
             ingress,
             flow,
@@ -63,16 +63,9 @@ impl Control {
         });
     }
 
-    /// The packet, written into `into`.
-    pub(super) fn packet<'a>(&self, into: &'a mut Vec<u8>) -> &'a [u8] {
-        into.clear();
-        into.resize(ip_header_len(self.source.ip()) + TCP_HEADER_LEN, 0);
-        self.write(into, &[]);
-        into
-    }
-
-    /// Writes the packet; the checksum field holds the pseudo-header's sum. `options` is padded to words.
-    fn write(&self, packet: &mut [u8], options: &[u8]) {
+    /// Writes the packet; the checksum field holds the pseudo-header's sum. `options` is padded to words; the payload
+    /// comes in two parts.
+    pub(super) fn write(&self, packet: &mut [u8], options: &[u8], payload: (&[u8], &[u8])) {
         let (source, destination) = (self.source.ip(), self.destination.ip());
         let (ip, tcp) = packet.split_at_mut(ip_header_len(source));
         let tcp_len = tcp.len();
@@ -87,7 +80,11 @@ impl Control {
         let sum = checksum::pseudo_header(source, destination, PROTOCOL_TCP, tcp_len);
         tcp[16..18].copy_from_slice(&sum.to_be_bytes());
         tcp[18..20].fill(0);
-        tcp[TCP_HEADER_LEN..].copy_from_slice(options);
+        let (header, data) = tcp.split_at_mut(TCP_HEADER_LEN + options.len());
+        header[TCP_HEADER_LEN..].copy_from_slice(options);
+        let (first, second) = data.split_at_mut(payload.0.len());
+        first.copy_from_slice(payload.0);
+        second.copy_from_slice(payload.1);
     }
 }
 
@@ -144,7 +141,7 @@ impl Syn {
             bytes: [0; 72],
             len: total,
         };
-        control.write(&mut packet.bytes[..total], &options[..len]);
+        control.write(&mut packet.bytes[..total], &options[..len], (&[], &[]));
         packet
     }
 }
@@ -161,16 +158,9 @@ impl SynPacket {
     }
 }
 
-/// What a finished segment carries.
-pub(super) struct Sent {
-    /// One past its last sequence number.
-    pub(super) end: u32,
-    pub(super) payload_len: usize,
-}
-
 /// Finishes a packet that smoltcp wrote: the true segment size on SYN-ACKs, and the pseudo-header's sum in the
-/// checksum field.
-pub(super) fn finish(packet: &mut [u8], header_len: u16, announced_mss: u16) -> Sent {
+/// checksum field. Returns one past its last sequence number.
+pub(super) fn finish(packet: &mut [u8], header_len: u16, announced_mss: u16) -> u32 {
     let (ip, tcp) = packet.split_at_mut(usize::from(header_len));
     let tcp_len = tcp.len();
     let tcp_header_len = usize::from(tcp[12] >> 4) * 4;
@@ -190,10 +180,7 @@ pub(super) fn finish(packet: &mut [u8], header_len: u16, announced_mss: u16) -> 
     let payload_len = tcp_len - tcp_header_len;
     let sequence = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
     let controls = u32::from(flags.syn()) + u32::from(flags.fin());
-    Sent {
-        end: sequence.wrapping_add(payload_len as u32).wrapping_add(controls),
-        payload_len,
-    }
+    sequence.wrapping_add(payload_len as u32).wrapping_add(controls)
 }
 
 /// Writes over the maximum segment size in a SYN's options.
@@ -214,9 +201,16 @@ fn write_max_segment_size(mut options: &mut [u8], size: u16) {
     }
 }
 
-/// `packet` with its TCP data cut after `keep` bytes, without FIN and PSH, and without IPv6 extension headers: what a
-/// stack is fed where the packet itself will not do. `transport` is where the TCP header begins.
-pub(super) fn rewrite(packet: &[u8], transport: usize, keep: Option<usize>, into: &mut Vec<u8>) {
+/// `packet` with its TCP data cut after `keep` bytes, without FIN and PSH, without IPv6 extension headers, and with
+/// another acknowledgment: what a stack is fed where the packet itself will not do. `transport` is where the TCP header
+/// begins.
+pub(super) fn rewrite(
+    packet: &[u8],
+    transport: usize,
+    keep: Option<usize>,
+    acknowledgment: Option<u32>,
+    into: &mut Vec<u8>,
+) {
     into.clear();
     let tcp = &packet[transport..];
     let tcp_header_len = usize::from(tcp[12] >> 4) * 4;
@@ -231,6 +225,9 @@ pub(super) fn rewrite(packet: &[u8], transport: usize, keep: Option<usize>, into
     into.extend_from_slice(&tcp[..tcp_len]);
     if keep.is_some() {
         into[headers + 13] &= !(TcpFlags::FIN | TcpFlags::PSH);
+    }
+    if let Some(acknowledgment) = acknowledgment {
+        into[headers + 8..headers + 12].copy_from_slice(&acknowledgment.to_be_bytes());
     }
     if is_v4 {
         let total = into.len() as u16;

@@ -356,7 +356,7 @@ impl Client {
         self.with_options(self.sequence, SYN, options, &[])
     }
 
-    fn with_options(
+    pub fn with_options(
         &self,
         sequence: u32,
         flags: u8,

@@ -50,6 +50,24 @@ fn upstream_closes_first_and_data_still_flows_forth() {
     assert_eq!((rig.engine.open_flows(), rig.engine.buffer_bytes()), (0, 0));
 }
 
+/// The acknowledgment of our FIN is lost, and comes again only on a FIN that is a repetition: the connection ends.
+#[test]
+fn a_lost_acknowledgment_of_our_fin_comes_with_the_clients_repeated_fin() {
+    let mut rig = Rig::new();
+    let (mut client, flow) = Client::open(CLIENT, TARGET, &mut rig);
+    client.finish(&mut rig);
+    rig.read_all(flow);
+    rig.upstream(flow, UpstreamEvent::ReadClosed);
+    rig.commands();
+    let fin = rig.segments().pop().expect("our FIN");
+    assert_eq!(fin.flags & FIN, FIN);
+    client.expected = client.expected.wrapping_add(1);
+    assert_eq!(closed(&mut rig), []);
+    rig.packet(&client.segment_at(client.sequence - 1, ACK | FIN, &[]));
+    assert_eq!(closed(&mut rig), [CloseReason::Finished]);
+    assert_eq!((rig.engine.open_flows(), rig.engine.buffer_bytes()), (0, 0));
+}
+
 #[test]
 fn a_lost_last_ack_is_repeated_in_time_wait() {
     let mut rig = Rig::new();

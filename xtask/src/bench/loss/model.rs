@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tungate_engine::Config;
 use tungate_engine::config::Clients;
+use tungate_engine::recovery::CongestionControl;
 use tungate_sim::link::{Manner, Run, Traffic};
 
 use super::cell::{Cell, Control, Figures, Task};
@@ -55,9 +56,13 @@ pub(super) fn measure(cell: &Cell, control: Control, seed: u64) -> Figures {
     }
 }
 
-fn config(_: Control) -> Config {
+fn config(control: Control) -> Config {
     let mut config = Config {
         clients: Clients::Routed,
+        congestion: Some(match control {
+            Control::Cubic => CongestionControl::Cubic,
+            Control::Bbr => CongestionControl::Bbr,
+        }),
         ..Config::default()
     };
     config.limits.buffer_bytes = 256 << 20;
