@@ -1,0 +1,252 @@
+//! What a flow does with the segments of its client, and the ACKs that answer some of them at once.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use super::segment::{self, Control};
+use super::{CHALLENGE_INTERVAL, Context, Phase, TIME_WAIT, TcpFlow, distance, next_expected, recovery};
+use crate::addr::FlowId;
+use crate::event::{CloseReason, DropReason};
+use crate::packet::{PacketView, TcpFlags, TcpView};
+
+impl TcpFlow {
+    /// Takes a segment of this flow. Returns why it was dropped, if it was.
+    pub(crate) fn handle_segment(
+        &mut self,
+        id: FlowId,
+        packet: &PacketView<'_>,
+        segment: &TcpView<'_>,
+        cx: &mut Context<'_>,
+    ) -> Option<DropReason> {
+        self.client_heard = cx.now;
+        match &mut self.phase {
+            Phase::Connecting => self.handle_while_connecting(segment, cx),
+            Phase::TimeWait {
+                sequence,
+                acknowledgment,
+                window,
+                until,
+            } => {
+                // RFC 1337: a reset does not cut TIME-WAIT short. All else that takes sequence space is a client
+                // that has missed our ACK.
+                if segment.flags.rst() {
+                    return None;
+                }
+                if segment.sequence_len() > 0 || segment.sequence != *acknowledgment {
+                    *until = cx.now + TIME_WAIT;
+                    let ack = (*sequence, *acknowledgment, *window);
+                    self.send_ack(ack, None, cx);
+                }
+                None
+            }
+            Phase::Reset(_) | Phase::Ended(_) => Some(DropReason::NoFlow),
+            Phase::Live(_) => self.handle_while_live(id, packet, segment, cx),
+        }
+    }
+
+    fn handle_while_connecting(&mut self, segment: &TcpView<'_>, cx: &mut Context<'_>) -> Option<DropReason> {
+        let flags = segment.flags;
+        if flags.rst() {
+            // The client gives up. It has sent a SYN alone, so the number behind it is the only one that fits.
+            if segment.sequence != self.syn.sequence.wrapping_add(1) {
+                return Some(DropReason::TcpWindow);
+            }
+            self.phase = Phase::Ended(CloseReason::ClientReset);
+            return None;
+        }
+        if flags.syn() && flags.ack() {
+            Control::reset_for(self.client, self.target, segment).send(self.ingress, None, cx.world);
+            return Some(DropReason::SplitHandshake);
+        }
+        if flags.syn() {
+            return None; // repeated; the answer waits for the upstream
+        }
+        Some(DropReason::TcpWindow)
+    }
+
+    fn handle_while_live(
+        &mut self,
+        id: FlowId,
+        packet: &PacketView<'_>,
+        segment: &TcpView<'_>,
+        cx: &mut Context<'_>,
+    ) -> Option<DropReason> {
+        let Phase::Live(stack) = &mut self.phase else {
+            unreachable!("asked of a live flow")
+        };
+        let expected = next_expected(&self.syn, self.consumed, stack);
+        let limit = self
+            .syn
+            .sequence
+            .wrapping_add(1)
+            .wrapping_add((self.consumed + stack.capacity() as u64) as u32);
+        let flags = segment.flags;
+        if let Some(sent) = stack.sent()
+            && stack.is_finished()
+            && !flags.syn()
+        {
+            // As in TIME-WAIT: a reset changes nothing any more (RFC 1337), and what is repeated has missed our ACK.
+            if segment.sequence_len() > 0 && !flags.rst() {
+                let ack = (sent, expected, stack.window_field());
+                self.send_ack(ack, Some(id), cx);
+            }
+            return None;
+        }
+        if flags.rst() {
+            if segment.sequence == expected {
+                self.handle_reset(cx);
+                return None;
+            }
+            let in_window = distance(expected, segment.sequence) > 0 && distance(segment.sequence, limit) > 0;
+            if in_window {
+                self.send_challenge_ack(id, cx);
+            }
+            return Some(DropReason::TcpWindow);
+        }
+        if flags.syn() {
+            if flags.ack() && !self.established {
+                Control::reset_for(self.client, self.target, segment).send(self.ingress, None, cx.world);
+                return Some(DropReason::SplitHandshake);
+            }
+            self.send_challenge_ack(id, cx);
+            return None;
+        }
+        let Some(sent) = stack.sent() else {
+            return Some(DropReason::TcpWindow); // the SYN-ACK has not left yet: nothing can answer it
+        };
+        if flags.ack() && distance(sent, segment.acknowledgment) > 0 {
+            if self.established {
+                self.send_challenge_ack(id, cx);
+            } else {
+                Control::reset_for(self.client, self.target, segment).send(self.ingress, None, cx.world);
+            }
+            return Some(DropReason::TcpWindow);
+        }
+        let end = segment.sequence.wrapping_add(segment.payload.len() as u32);
+        let excess = distance(limit, end);
+        let keep = if excess > 0 && !segment.payload.is_empty() {
+            let Some(keep) = segment
+                .payload
+                .len()
+                .checked_sub(excess as usize)
+                .filter(|keep| *keep > 0)
+            else {
+                // Wholly beyond the buffer: a window probe, or a peer that ignores the window.
+                let ack = (sent, expected, stack.window_field());
+                self.send_ack(ack, Some(id), cx);
+                return Some(DropReason::TcpWindow);
+            };
+            Some(keep)
+        } else {
+            None
+        };
+        if distance(self.client_end, end) > 0 {
+            self.client_end = end;
+        }
+        // What is far from the window says nothing reliable about what we have sent (RFC 9293, section 3.10.7.4).
+        let is_near =
+            distance(segment.sequence, limit) >= 0 && distance(expected, end) >= -(stack.capacity() as i32);
+        let received = stack.receive_queue();
+        let had_fin = stack.has_client_fin();
+        let was_finished = stack.is_finished();
+        let (now, world, scratch) = (cx.now, &mut *cx.world, &mut *cx.scratch);
+        let taking = catch_unwind(AssertUnwindSafe(|| {
+            if is_near && flags.ack() {
+                stack.on_acknowledgment(now, segment, expected, world)?;
+            }
+            // A pure ACK in its place has nothing to say to smoltcp.
+            if stack.is_open() && segment.sequence_len() == 0 && segment.sequence == expected {
+                return Ok(());
+            }
+            let acknowledgment = stack.acknowledgment_for_shadow(segment.acknowledgment);
+            let has_extension_headers = packet.is_ipv6() && packet.transport_offset() != 40;
+            let bytes = if keep.is_some() || has_extension_headers || acknowledgment.is_some() {
+                let transport = packet.transport_offset();
+                segment::rewrite(packet.bytes(), transport, keep, acknowledgment, scratch);
+                scratch.as_slice()
+            } else {
+                packet.bytes()
+            };
+            stack.on_segment(now, segment, bytes, expected, world);
+            Ok(())
+        }));
+        match taking {
+            Ok(Ok(())) => {}
+            Ok(Err(recovery::Unacceptable)) => {
+                self.send_challenge_ack(id, cx);
+                return Some(DropReason::TcpWindow);
+            }
+            Err(_) => {
+                self.break_down(cx);
+                return Some(DropReason::Internal);
+            }
+        }
+        if stack.receive_queue() != received || stack.has_client_fin() != had_fin {
+            self.last_byte = cx.now;
+        }
+        if stack.is_finished() && !was_finished {
+            let expected = next_expected(&self.syn, self.consumed, stack);
+            let sent = stack.sent().unwrap_or(sent);
+            if stack.owes_ack(expected) {
+                // The stack would send it in its turn, but it gets none any more.
+                let ack = (sent, expected, stack.window_field());
+                self.send_ack(ack, Some(id), cx);
+            }
+        }
+        self.tell(id, cx);
+        keep.map(|_| DropReason::TcpWindow)
+    }
+
+    /// The client has reset the connection. What it sent before is still delivered.
+    fn handle_reset(&mut self, cx: &mut Context<'_>) {
+        if let Phase::Live(stack) = self.take_phase() {
+            self.phase = Phase::Reset(stack);
+            self.since = cx.now;
+        }
+    }
+
+    /// The stack has panicked: nothing of it is used again but its buffers.
+    pub(super) fn break_down(&mut self, cx: &mut Context<'_>) {
+        if let Phase::Live(stack) = self.take_phase() {
+            cx.arena.give_back(stack.into_buffers());
+        }
+    }
+
+    /// Takes the phase out; what is left says that the flow broke down.
+    fn take_phase(&mut self) -> Phase {
+        std::mem::replace(&mut self.phase, Phase::Ended(CloseReason::Internal))
+    }
+
+    // ---- segments of our own -----------------------------------------------------------------------------------
+
+    fn send_challenge_ack(&mut self, id: FlowId, cx: &mut Context<'_>) {
+        let Phase::Live(stack) = &self.phase else { return };
+        let Some(sent) = stack.sent() else { return };
+        if cx.now < self.challenge_at {
+            return;
+        }
+        self.challenge_at = cx.now + CHALLENGE_INTERVAL;
+        let ack = (
+            sent,
+            next_expected(&self.syn, self.consumed, stack),
+            stack.window_field(),
+        );
+        self.send_ack(ack, Some(id), cx);
+    }
+
+    fn send_ack(
+        &self,
+        (sequence, acknowledgment, window): (u32, u32, u16),
+        flow: Option<FlowId>,
+        cx: &mut Context<'_>,
+    ) {
+        Control {
+            source: self.target,
+            destination: self.client,
+            flags: TcpFlags::ACK,
+            sequence,
+            acknowledgment,
+            window,
+        }
+        .send(self.ingress, flow, cx.world);
+    }
+}
