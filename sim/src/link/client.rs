@@ -282,6 +282,9 @@ impl Client {
         if segment.flags.fin() {
             self.fin_at = Some(end - 1);
         }
+        if self.receiver.reports_before(start, end) {
+            self.acknowledge();
+        }
         let must_report = self.receiver.take(now, start, end);
         if self.has_fin() && self.finished_receiving.is_none() {
             self.finished_receiving = Some(now);
