@@ -12,6 +12,9 @@ const DECREASE: (u64, u64) = (7, 10);
 /// Window growth for Reno friendliness, 3 (1 - β) / (1 + β) = 9/17 of a segment per round trip (section 4.3).
 const FRIENDLY_GROWTH: (u64, u64) = (9, 17);
 
+/// Slow start is paced from so many initial windows on: short transfers end before.
+const PACED_FROM: u64 = 8;
+
 #[derive(Debug)]
 pub(super) struct Cubic {
     segment: u64,
@@ -24,6 +27,7 @@ pub(super) struct Cubic {
     before: Option<Before>,
     /// Bytes delivered that have not yet grown the window.
     credit: u64,
+    rtt: Option<Duration>,
 }
 
 /// A period of growth between two losses (section 4.2).
@@ -59,6 +63,7 @@ impl Cubic {
             hystart: Some(HyStart::new()),
             before: None,
             credit: 0,
+            rtt: None,
         }
     }
 
@@ -165,6 +170,7 @@ fn cube_root(of: u128) -> u64 {
 
 impl Congestion for Cubic {
     fn on_ack(&mut self, sample: &Sample) {
+        self.rtt = sample.rtt_smoothed;
         // A window that is not made use of says nothing about the path (RFC 9438, section 5.8). In slow start, half of
         // it is use enough: it doubles in the time that its use needs to show.
         let is_starting = self.window < self.threshold;
@@ -224,7 +230,13 @@ impl Congestion for Cubic {
         Some(self.threshold)
     }
 
+    /// In slow start, a window that is large is spread over half a round trip: as it doubles, ACKs let two segments out
+    /// at a time, and half a window at once is more than many a queue holds.
     fn pacing_rate(&self) -> Option<u64> {
-        None
+        if self.window >= self.threshold || self.window < PACED_FROM * initial_window(self.segment as u32) {
+            return None;
+        }
+        let rtt = self.rtt?.as_nanos().max(1);
+        u64::try_from(2 * u128::from(self.window) * 1_000_000_000 / rtt).ok()
     }
 }
