@@ -42,11 +42,17 @@ const EXCESS_LOSS: u64 = 20;
 const USUAL_LOSS_MAX: u64 = 50;
 /// Loss that ends start-up: far above what random loss makes.
 const STARTUP_LOSS: u64 = 100;
-/// Segments lost in a round below which it is no statistics.
+/// Segments lost in a round below which it is no statistics. In start-up more: a short queue loses some of the first
+/// burst, and the rate that is found then is far too low to end with.
 const LOST_SEGMENTS_MIN: u64 = 4;
+const LOST_SEGMENTS_MIN_STARTUP: u64 = 8;
 
 /// Start-up ends after so many rounds without a quarter more bandwidth.
 const FULL_ROUNDS: u32 = 3;
+const STARTUP_GROWTH: u64 = 1250;
+/// A probe for bandwidth goes on while it finds a tenth more in a round, and waits for its queue no longer than this.
+const UP_GROWTH: u64 = 1100;
+const UP_ROUNDS_MAX: u32 = 8;
 const RTT_WINDOW: Duration = Duration::from_secs(10);
 const PROBE_RTT_TIME: Duration = Duration::from_millis(200);
 /// Between two probes for more bandwidth, unless so many rounds pass first.
@@ -81,7 +87,7 @@ pub(super) struct Bbr {
     in_flight_high: u64,
     rtt_minimum: Option<(Duration, Timestamp)>,
     round: Round,
-    /// Highest bandwidth in start-up, and rounds since it grew.
+    /// Highest bandwidth of start-up or of a probe, and rounds since it grew.
     full: (u64, u32),
     is_full: bool,
     cycle_since: Timestamp,
@@ -171,10 +177,24 @@ impl Bbr {
         }
     }
 
-    /// Whether the round that is under way has lost too much.
+    /// Whether the round that is under way has lost more than `bound` thousandths, by more than chance would.
     fn is_congested(&self, bound: u64) -> bool {
         let Round { delivered, lost, .. } = self.round;
-        lost >= LOST_SEGMENTS_MIN * self.segment && lost * 1000 > (delivered + lost) * bound
+        let (lost, sent) = (lost / self.segment, (delivered + lost) / self.segment);
+        let expected = sent * bound / 1000;
+        let least = if self.state == State::Startup {
+            LOST_SEGMENTS_MIN_STARTUP
+        } else {
+            LOST_SEGMENTS_MIN
+        };
+        // Two standard deviations: a round of a slow path has few segments.
+        lost >= least && lost > expected + 2 * expected.isqrt()
+    }
+
+    /// Whether a sample says less than the path can, as the sender had nothing more to send. With a quarter more in
+    /// flight than the estimate needs, it would have shown a higher rate all the same.
+    fn is_understated(&self, delivery: &Delivery) -> bool {
+        delivery.is_application_limited && delivery.in_flight < self.product(UP_PACING)
     }
 
     fn loss_bound(&self) -> u64 {
@@ -186,7 +206,7 @@ impl Bbr {
         let rate = (u128::from(delivery.delivered) * 1_000_000_000 / nanos) as u64;
         self.round.bandwidth = self.round.bandwidth.max(rate);
         self.round.in_flight = self.round.in_flight.max(delivery.delivered);
-        if !delivery.is_application_limited || rate >= self.bandwidths[0].max(self.bandwidths[1]) {
+        if !self.is_understated(delivery) || rate >= self.bandwidths[0].max(self.bandwidths[1]) {
             self.bandwidths[0] = self.bandwidths[0].max(rate);
         }
     }
@@ -228,13 +248,8 @@ impl Bbr {
         let Round { delivered, lost, .. } = self.round;
         match self.state {
             State::Startup => {
-                if !delivery.is_application_limited {
-                    let bandwidth = self.bandwidths[0].max(self.bandwidths[1]);
-                    if bandwidth * 4 >= self.full.0 * 5 {
-                        self.full = (bandwidth, 0);
-                    } else {
-                        self.full.1 += 1;
-                    }
+                if !self.is_understated(delivery) {
+                    self.look_for_growth(STARTUP_GROWTH);
                 }
                 if self.is_congested(STARTUP_LOSS) {
                     self.in_flight_high = self.product(1000).max(self.round.in_flight);
@@ -249,12 +264,8 @@ impl Bbr {
                     usual => usual * 7 / 8 + loss,
                 };
             }
-            State::Drain
-            | State::Down
-            | State::Cruise
-            | State::Refill
-            | State::Up
-            | State::ProbeRtt { .. } => {}
+            State::Up => self.look_for_growth(UP_GROWTH),
+            State::Drain | State::Down | State::Cruise | State::Refill | State::ProbeRtt { .. } => {}
         }
         let is_probing = matches!(self.state, State::Startup | State::Refill | State::Up);
         if !is_probing && self.is_congested(self.loss_bound()) {
@@ -264,6 +275,16 @@ impl Bbr {
             self.in_flight_low = self.round.in_flight.max(in_flight / 1000 * DECREASE);
         }
         self.cycle_rounds += 1;
+    }
+
+    /// Notes whether the bandwidth has grown by so many thousandths since it last did.
+    fn look_for_growth(&mut self, growth: u64) {
+        let bandwidth = self.bandwidths[0].max(self.bandwidths[1]);
+        if bandwidth >= self.full.0 / 1000 * growth {
+            self.full = (bandwidth, 0);
+        } else {
+            self.full.1 += 1;
+        }
     }
 
     fn enter(&mut self, state: State, now: Timestamp) {
@@ -284,6 +305,7 @@ impl Bbr {
                 }
                 self.cycle_since = now;
                 self.cycle_rounds = 0;
+                self.full = (self.bandwidth(), 0);
             }
             State::ProbeRtt { .. } => self.kept_window = self.kept_window.max(self.window),
             State::Startup | State::Drain | State::Cruise => {}
@@ -362,10 +384,10 @@ impl Bbr {
             self.in_flight_high = self.in_flight_high.saturating_add(sample.delivered);
         }
         let rtt = self.rtt_minimum.map_or(Duration::ZERO, |(rtt, _)| rtt);
-        let had_time = sample.now.since(self.cycle_since) >= rtt && self.cycle_rounds >= 2;
+        let had_time = sample.now.since(self.cycle_since) >= rtt && self.cycle_rounds >= 2 && self.full.1 > 0;
         if had_time && sample.in_flight_before >= self.product(UP_PACING) {
             self.enter(State::Down, sample.now);
-        } else if self.cycle_rounds >= 8 {
+        } else if self.full.1 >= UP_ROUNDS_MAX {
             self.enter(State::Down, sample.now); // the application does not fill the path
         }
     }
@@ -389,7 +411,7 @@ impl Bbr {
         let (_, gain) = self.gains();
         let bunching = self.bunching.most[0].max(self.bunching.most[1]);
         // What the sender and the receiver hold back to work in larger units.
-        let units = 3 * (self.pacing_rate / 4000).max(2 * self.segment);
+        let units = 3 * (self.pacing_rate / 1000).max(2 * self.segment);
         let target = self.product(gain) + bunching + units;
         if self.is_full {
             self.window = (self.window + sample.delivered).min(target);
