@@ -6,7 +6,7 @@ use std::num::NonZeroU16;
 use std::ptr::NonNull;
 
 use tungate_engine::dns::Learned;
-use tungate_engine::io::{Open, PacketOut, UpstreamCommand};
+use tungate_engine::io::{Carriage, Open, PacketOut, UpstreamCommand};
 use tungate_engine::packet::segments;
 use tungate_engine::{Event, FlowId, PacketIn, ShardId, World};
 
@@ -37,12 +37,12 @@ pub enum Command {
         target: SocketAddr,
         payload: Vec<u8>,
         segment_size: Option<NonZeroU16>,
-        hop_limit: u8,
+        carriage: Carriage,
     },
     Echo {
         sequence: u16,
         payload: Vec<u8>,
-        hop_limit: u8,
+        carriage: Carriage,
     },
     Close,
     Abort,
@@ -118,21 +118,21 @@ impl From<UpstreamCommand<'_>> for Command {
                 target,
                 payload,
                 segment_size,
-                hop_limit,
+                carriage,
             } => Self::Send {
                 target,
                 payload: payload.to_vec(),
                 segment_size,
-                hop_limit,
+                carriage,
             },
             UpstreamCommand::Echo {
                 sequence,
                 payload,
-                hop_limit,
+                carriage,
             } => Self::Echo {
                 sequence,
                 payload: payload.to_vec(),
-                hop_limit,
+                carriage,
             },
             UpstreamCommand::Close => Self::Close,
             UpstreamCommand::Abort => Self::Abort,

@@ -225,5 +225,6 @@ pub fn packet_in(bytes: &[u8]) -> PacketIn<'_> {
         bytes,
         checksum: ChecksumState::Unverified,
         segment_size: None,
+        reassembled: false,
     }
 }

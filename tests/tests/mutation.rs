@@ -400,6 +400,7 @@ impl<'a> Storm<'a> {
             } else {
                 None
             },
+            reassembled: self.below(10) == 0,
         };
         let judgement = if self.below(3) == 0 {
             self.rig

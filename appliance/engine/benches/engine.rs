@@ -470,6 +470,7 @@ impl Driver {
             bytes,
             checksum,
             segment_size: None,
+            reassembled: false,
         };
         let judgement = self
             .engine

@@ -274,10 +274,8 @@ impl Engine {
         }
         match transport {
             Transport::Tcp(segment) => self.handle_segment(packet.ingress, view, segment, world),
-            Transport::Udp(datagram) => {
-                self.handle_datagram(packet.ingress, view, datagram, packet.segment_size, world)
-            }
-            Transport::Icmp(message) => self.handle_icmp(packet.ingress, view, message, world),
+            Transport::Udp(datagram) => self.handle_datagram(packet, view, datagram, world),
+            Transport::Icmp(message) => self.handle_icmp(packet, view, message, world),
         }
     }
 
@@ -356,6 +354,7 @@ impl Engine {
                     bytes: &whole,
                     checksum,
                     segment_size: None,
+                    reassembled: true,
                     ..packet
                 };
                 let owner = PacketView::parse(&whole).map(|view| shard::owner(&view, self.config.shards));

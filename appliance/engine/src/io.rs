@@ -43,6 +43,8 @@ pub struct PacketIn<'a> {
     pub checksum: ChecksumState,
     /// Payload bytes per datagram where `bytes` is a UDP super-packet (USO); `None` otherwise.
     pub segment_size: Option<NonZeroU16>,
+    /// Whether it came in fragments, and a shard has put it together: its sender lets it be fragmented.
+    pub reassembled: bool,
 }
 
 /// What the device knows of a packet's transport checksum.
@@ -145,24 +147,33 @@ pub enum UpstreamCommand<'a> {
     Writable,
     /// The client has sent FIN and all its bytes have been read: shut the upstream's write side down.
     CloseWrite,
-    /// Send a UDP datagram to `target`, or several of `segment_size` bytes each. `hop_limit` is what the client's
-    /// packet had left, less one.
+    /// Send a UDP datagram to `target`, or several of `segment_size` bytes each, like this.
     Send {
         target: SocketAddr,
         payload: &'a [u8],
         segment_size: Option<NonZeroU16>,
-        hop_limit: u8,
+        carriage: Carriage,
     },
-    /// Send an ICMP echo request to the flow's target.
+    /// Send an ICMP echo request to the flow's target, like this.
     Echo {
         sequence: u16,
         payload: &'a [u8],
-        hop_limit: u8,
+        carriage: Carriage,
     },
     /// Both directions have ended in order: let the socket go.
     Close,
     /// Reset the connection, or give up connecting.
     Abort,
+}
+
+/// What the IP header of a client's packet asks of the one that is sent on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Carriage {
+    /// What the client's packet had left, less one.
+    pub hop_limit: u8,
+    /// Whether it may only leave whole, by this host and all routers behind it. Where it is too big, the client is to
+    /// hear [`IcmpError::PacketTooBig`] (RFC 1191, RFC 8201).
+    pub dont_fragment: bool,
 }
 
 /// An upstream to open.

@@ -70,6 +70,7 @@ impl Run<'_> {
             bytes,
             checksum: ChecksumState::Unverified,
             segment_size: None,
+            reassembled: false,
         };
         self.handle(Input::Packet(packet))?.flow
     }

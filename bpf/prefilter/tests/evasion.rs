@@ -154,6 +154,7 @@ impl Paths {
             bytes: packet,
             checksum: ChecksumState::Trusted,
             segment_size: None,
+            reassembled: false,
         };
         step(
             &mut self.engine,

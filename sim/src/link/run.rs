@@ -265,6 +265,7 @@ impl Run {
             bytes: &self.packet,
             checksum: ChecksumState::Trusted,
             segment_size: None,
+            reassembled: false,
         };
         self.engine
             .handle(self.now, Input::Packet(packet), &mut self.origin);

@@ -116,7 +116,7 @@ impl Shard {
             Ok(view) => self.assess(packet, &view, &view.transport()),
             Err(_) => Assessed::UNREAD,
         };
-        let judgement = self.judge(ip, assessed.state());
+        let judgement = self.judge_whole(ip, assessed.state(), packet.is_reassembled);
         if let Some(id) = judgement.flow
             && let Some(known) = self.stage.engine_flow(id)
         {

@@ -11,7 +11,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use blake3::Hasher;
 use tungate_engine::event::{CloseReason, Event};
-use tungate_engine::io::{PacketOut, UpstreamCommand, UpstreamError};
+use tungate_engine::io::{Carriage, PacketOut, UpstreamCommand, UpstreamError};
 use tungate_engine::policy::{Action, RuleRef};
 use tungate_engine::{FlowId, Judgement, ShardId, Timestamp};
 
@@ -62,28 +62,33 @@ impl Digest {
                 target,
                 payload,
                 segment_size,
-                hop_limit,
+                carriage,
             } => {
                 self.tag(4);
                 self.address(*target);
                 self.short(segment_size.map_or(0, |size| size.get()));
-                self.tag(*hop_limit);
+                self.carriage(*carriage);
                 self.bytes(payload);
             }
             UpstreamCommand::Echo {
                 sequence,
                 payload,
-                hop_limit,
+                carriage,
             } => {
                 self.tag(5);
                 self.short(*sequence);
-                self.tag(*hop_limit);
+                self.carriage(*carriage);
                 self.bytes(payload);
             }
             UpstreamCommand::Close => self.tag(6),
             UpstreamCommand::Abort => self.tag(7),
         }
         self.flush();
+    }
+
+    fn carriage(&mut self, carriage: Carriage) {
+        self.tag(carriage.hop_limit);
+        self.tag(carriage.dont_fragment.into());
     }
 
     pub(super) fn event(&mut self, at: Timestamp, event: &Event) {

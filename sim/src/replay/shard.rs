@@ -405,11 +405,17 @@ impl Shard {
 
     /// Gives a packet to the engine.
     pub(super) fn judge(&mut self, ip: &[u8], checksum: ChecksumState) -> Judgement {
+        self.judge_whole(ip, checksum, false)
+    }
+
+    /// Gives a packet to the engine that may have been put together from fragments.
+    pub(super) fn judge_whole(&mut self, ip: &[u8], checksum: ChecksumState, reassembled: bool) -> Judgement {
         let packet = PacketIn {
             ingress: IngressId(0),
             bytes: ip,
             checksum,
             segment_size: None,
+            reassembled,
         };
         self.stage.line(Line::PacketIn(ip));
         self.is_flushed = false;

@@ -57,7 +57,7 @@ impl World {
                 target,
                 payload,
                 segment_size,
-                hop_limit,
+                carriage,
             } => {
                 assert_eq!(segment_size, None, "one datagram at a time");
                 let sent = Sent::Datagram {
@@ -65,13 +65,13 @@ impl World {
                     target,
                     payload,
                 };
-                assert_eq!(hop_limit, crate::packet::HOP_LIMIT - 1);
+                assert_eq!(carriage.hop_limit, crate::packet::HOP_LIMIT - 1);
                 self.handling.to_upstream.push((id, sent));
             }
             Command::Echo {
                 sequence,
                 payload,
-                hop_limit,
+                carriage,
             } => {
                 let sent = Sent::Ping {
                     client: record.client,
@@ -79,7 +79,7 @@ impl World {
                     sequence,
                     payload,
                 };
-                assert_eq!(hop_limit, crate::packet::HOP_LIMIT - 1);
+                assert_eq!(carriage.hop_limit, crate::packet::HOP_LIMIT - 1);
                 self.handling.to_upstream.push((id, sent));
             }
             Command::Close => {

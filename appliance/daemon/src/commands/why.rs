@@ -140,6 +140,7 @@ fn explain(flow: &Described, config: Config, policy: &Arc<Policy>) -> Result<Str
         bytes: &packet,
         checksum: ChecksumState::Unverified,
         segment_size: None,
+        reassembled: false,
     });
     let judgement = engine.handle(now, input, &mut world);
     let Judgement { dropped, rule, .. } = judgement.context("the engine has no opinion on a packet")?;

@@ -36,6 +36,7 @@ pub(crate) struct Parcel {
     ingress: IngressId,
     checksum: ChecksumState,
     segment_size: Option<NonZeroU16>,
+    reassembled: bool,
 }
 
 /// What a shard is told.
@@ -99,6 +100,7 @@ impl Parcel {
             bytes: &self.bytes,
             checksum: self.checksum,
             segment_size: self.segment_size,
+            reassembled: self.reassembled,
         }
     }
 }
@@ -121,6 +123,7 @@ impl Buffers {
             ingress: packet.ingress,
             checksum: packet.checksum,
             segment_size: packet.segment_size,
+            reassembled: packet.reassembled,
         }
     }
 

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::num::NonZeroU16;
 
 use tungate_engine::FlowId;
+use tungate_engine::io::Carriage;
 
 /// Bytes of one super-packet; a UDP datagram, which it looks like at first, holds no more.
 const BYTES_MAX: usize = 65_000;
@@ -15,7 +16,7 @@ const DATAGRAMS_MAX: usize = 64;
 pub(super) struct Way {
     pub(super) flow: FlowId,
     pub(super) target: SocketAddr,
-    pub(super) hop_limit: u8,
+    pub(super) carriage: Carriage,
 }
 
 /// Datagrams that go one way, all of one size but the last, which may be shorter.
@@ -77,7 +78,10 @@ mod tests {
         let way = |slot, port, hop_limit| Way {
             flow: FlowId::new(ShardId(0), 0, slot),
             target: SocketAddr::from(([192, 0, 2, 7], port)),
-            hop_limit,
+            carriage: Carriage {
+                hop_limit,
+                dont_fragment: port == 55,
+            },
         };
         let (first, second) = (way(1, 53, 63), way(1, 54, 63));
         let given = [
@@ -88,6 +92,7 @@ mod tests {
             (second, 100, 2),
             (way(2, 54, 63), 100, 2),
             (way(2, 54, 62), 100, 2),
+            (way(2, 55, 62), 100, 2),
             (first, 0, 3),
             (first, 1400, 100),
             (first, 65_507, 2),

@@ -317,6 +317,7 @@ impl Shard {
             };
             let Some(bytes) = self.world.device.take(received.bytes) else {
                 continue;
+                reassembled: false,
             };
             let packet = PacketIn {
                 ingress: INGRESS,

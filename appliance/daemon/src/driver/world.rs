@@ -255,10 +255,10 @@ impl ShardWorld {
         let gathered::Way {
             flow,
             target,
-            hop_limit,
+            carriage,
         } = way;
         self.send(flow, target, |upstream| match upstream {
-            Upstream::Udp(udp) => udp.send(target, payload, segment_size, hop_limit),
+            Upstream::Udp(udp) => udp.send(target, payload, segment_size, carriage),
             Upstream::Relayed(relayed) => {
                 relayed.send(target, payload, segment_size);
                 Ok(())
@@ -355,12 +355,12 @@ impl World for ShardWorld {
                 target,
                 payload,
                 segment_size,
-                hop_limit,
+                carriage,
             } => {
                 let way = gathered::Way {
                     flow: id,
                     target,
-                    hop_limit,
+                    carriage,
                 };
                 if segment_size.is_some() {
                     self.send_gathered();
@@ -373,13 +373,13 @@ impl World for ShardWorld {
             UpstreamCommand::Echo {
                 sequence,
                 payload,
-                hop_limit,
+                carriage,
             } => {
                 let Some(target) = self.flows.get_mut(id).map(|entry| entry.record.target) else {
                     return;
                 };
                 self.send(id, target, |upstream| match upstream {
-                    Upstream::Ping(ping) => ping.send(sequence, payload, hop_limit),
+                    Upstream::Ping(ping) => ping.send(sequence, payload, carriage),
                     Upstream::Tcp(_)
                     | Upstream::Udp(_)
                     | Upstream::Relayed(_)

@@ -16,13 +16,20 @@ const ORIGIN_ICMP: u8 = 2;
 const ORIGIN_ICMPV6: u8 = 3;
 
 /// An error about something that was sent.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct SendError {
     /// Where it was sent; the port of an echo request is its sequence number.
     pub(crate) target: SocketAddr,
     /// Who says so; `None`: this host.
     pub(crate) reporter: Option<IpAddr>,
     pub(crate) error: IcmpError,
+}
+
+impl SendError {
+    /// Whether this host said so, before anything was sent.
+    pub(crate) fn is_local(&self) -> bool {
+        self.reporter.is_none()
+    }
 }
 
 impl From<SendError> for UpstreamEvent<'static> {

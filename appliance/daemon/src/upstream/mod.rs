@@ -3,6 +3,7 @@
 pub(crate) mod address;
 pub(crate) mod batch;
 pub(crate) mod errors;
+mod headers;
 pub(crate) mod ping;
 pub(crate) mod relayed;
 pub(crate) mod socket;

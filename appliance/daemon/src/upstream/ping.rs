@@ -10,11 +10,12 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::Socket;
 use tungate_engine::IngressId;
-use tungate_engine::io::IcmpError;
+use tungate_engine::io::{Carriage, IcmpError};
 use tungate_engine::packet::{Datagram, Echo};
 
 use super::Readiness;
 use super::errors::{SendError, next_send_error, send_error};
+use super::headers::Headers;
 use super::socket::{SocketSetup, Transport};
 
 /// Length of an echo message's header.
@@ -34,7 +35,11 @@ pub(crate) struct Ping {
     socket: Socket,
     target: IpAddr,
     kind: Kind,
-    hop_limit: Option<u8>,
+    headers: Headers,
+    /// The sequence number of the request that this host found too big last. Its entry in the error queue has none.
+    too_big: Option<u16>,
+    /// What was reported of that; the next ones like it say nothing new.
+    reported: Option<SendError>,
     /// The request that is being made.
     request: Vec<u8>,
     pub(crate) readable: bool,
@@ -83,7 +88,9 @@ impl Ping {
             socket,
             target,
             kind,
-            hop_limit: None,
+            headers: Headers::default(),
+            too_big: None,
+            reported: None,
             request: Vec::new(),
             readable: false,
             error: false,
@@ -105,16 +112,13 @@ impl Ping {
     /// # Errors
     ///
     /// What the client is to be told.
-    pub(crate) fn send(&mut self, sequence: u16, payload: &[u8], hop_limit: u8) -> Result<(), IcmpError> {
-        if self.hop_limit != Some(hop_limit) {
-            let ttl = u32::from(hop_limit);
-            let set = if self.target.is_ipv4() {
-                self.socket.set_ttl_v4(ttl)
-            } else {
-                self.socket.set_unicast_hops_v6(ttl)
-            };
-            self.hop_limit = set.is_ok().then_some(hop_limit);
-        }
+    pub(crate) fn send(
+        &mut self,
+        sequence: u16,
+        payload: &[u8],
+        carriage: Carriage,
+    ) -> Result<(), IcmpError> {
+        self.headers.set(&self.socket, self.target.is_ipv4(), carriage);
         let identifier = match self.kind {
             Kind::Datagram => 0,
             Kind::Raw { identifier } => identifier,
@@ -144,6 +148,7 @@ impl Ping {
             Ok(_) => Ok(()),
             Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
                 self.error = true;
+                self.too_big = Some(sequence);
                 Ok(())
             }
             Err(error) => send_error(&error).map_or(Ok(()), Err),
@@ -176,13 +181,21 @@ impl Ping {
 
     /// The next error about something that was sent.
     pub(crate) fn next_error(&mut self) -> Option<SendError> {
-        let mut request = [0; HEADER_LEN];
-        let mut found = next_send_error(&self.socket, &mut request);
-        self.error = found.is_some();
-        if let Some(found) = &mut found {
-            found.target = SocketAddr::new(self.target, u16::from_be_bytes([request[6], request[7]]));
+        loop {
+            let mut request = [0; HEADER_LEN];
+            let mut found = next_send_error(&self.socket, &mut request);
+            self.error = found.is_some();
+            if let Some(found) = &mut found {
+                let quoted = u16::from_be_bytes([request[6], request[7]]);
+                let sequence = self.too_big.filter(|_| found.is_local()).unwrap_or(quoted);
+                found.target = SocketAddr::new(self.target, sequence);
+            }
+            let repeated = found.is_some_and(|found| found.is_local()) && found == self.reported;
+            self.reported = found;
+            if !repeated {
+                return found;
+            }
         }
-        found
     }
 }
 

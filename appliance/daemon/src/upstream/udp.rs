@@ -11,11 +11,12 @@ use std::os::fd::AsRawFd;
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setsockopt, sockopt};
 use socket2::Socket;
-use tungate_engine::io::IcmpError;
+use tungate_engine::io::{Carriage, IcmpError};
 
 use super::Readiness;
 use super::batch::{BATCH_MAX, Batch};
 use super::errors::{SendError, next_send_error, send_error};
+use super::headers::Headers;
 use super::socket::{SocketSetup, Transport, unspecified};
 
 /// Datagrams that the kernel cuts from one send (UDP_MAX_SEGMENTS of older kernels).
@@ -29,10 +30,13 @@ const ERRORS_PER_CALL: usize = 8;
 pub(crate) struct Udp {
     socket: Socket,
     is_ipv4: bool,
-    /// The hop limit that the socket sends with; `None`: the system's default.
-    hop_limit: Option<u8>,
+    headers: Headers,
     /// Whether the kernel has not refused to cut super-packets yet.
     segmentation: bool,
+    /// Where something was sent last that this host found too big. Its entry in the error queue has the MTU, but no port.
+    too_big_for: Option<SocketAddr>,
+    /// What was reported of that; the next ones like it say nothing new.
+    reported: Option<SendError>,
     pub(crate) readable: bool,
     pub(crate) error: bool,
 }
@@ -63,8 +67,10 @@ impl Udp {
         Ok(Self {
             socket,
             is_ipv4,
-            hop_limit: None,
+            headers: Headers::default(),
             segmentation: true,
+            too_big_for: None,
+            reported: None,
             readable: false,
             error: false,
         })
@@ -90,17 +96,9 @@ impl Udp {
         target: SocketAddr,
         payload: &[u8],
         segment_size: Option<NonZeroU16>,
-        hop_limit: u8,
+        carriage: Carriage,
     ) -> Result<(), IcmpError> {
-        if self.hop_limit != Some(hop_limit) {
-            let ttl = u32::from(hop_limit);
-            let set = if self.is_ipv4 {
-                self.socket.set_ttl_v4(ttl)
-            } else {
-                self.socket.set_unicast_hops_v6(ttl)
-            };
-            self.hop_limit = set.is_ok().then_some(hop_limit);
-        }
+        self.headers.set(&self.socket, self.is_ipv4, carriage);
         let Some(size) = segment_size.map(|size| usize::from(size.get())) else {
             return self.send_one(target, payload);
         };
@@ -130,6 +128,7 @@ impl Udp {
             // The error queue has this one, with the MTU.
             Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
                 self.error = true;
+                self.too_big_for = Some(target);
                 Ok(())
             }
             Err(error) => send_error(&error).map_or(Ok(()), Err),
@@ -180,9 +179,22 @@ impl Udp {
 
     /// The next error about something that was sent.
     pub(crate) fn next_error(&mut self) -> Option<SendError> {
-        let found = next_send_error(&self.socket, &mut []);
-        self.error = found.is_some();
-        found
+        loop {
+            let mut found = next_send_error(&self.socket, &mut []);
+            self.error = found.is_some();
+            if let Some(found) = &mut found
+                && found.is_local()
+                && let Some(target) = self.too_big_for
+                && target.ip() == found.target.ip()
+            {
+                found.target = target;
+            }
+            let repeated = found.is_some_and(|found| found.is_local()) && found == self.reported;
+            self.reported = found;
+            if !repeated {
+                return found;
+            }
+        }
     }
 }
 
@@ -193,6 +205,11 @@ mod tests {
     use tungate_engine::io::Unreachable;
 
     use super::*;
+
+    const CARRIAGE: Carriage = Carriage {
+        hop_limit: 64,
+        dont_fragment: false,
+    };
 
     fn open(target: SocketAddr) -> Udp {
         Udp::open(&SocketSetup::default(), target.ip(), target.ip()).unwrap()
@@ -215,7 +232,7 @@ mod tests {
             let target = server.local_addr().unwrap();
             let payload: Vec<_> = (0..100 * 300 + 7).map(|at| (at / 300) as u8).collect();
             open(target)
-                .send(target, &payload, NonZeroU16::new(300), 64)
+                .send(target, &payload, NonZeroU16::new(300), CARRIAGE)
                 .unwrap();
             let mut received = Vec::new();
             let mut buffer = [0; 2000];
@@ -235,7 +252,8 @@ mod tests {
             UdpSocket::bind("127.0.0.1:0").unwrap(),
         );
         let mut udp = open(first.local_addr().unwrap());
-        udp.send(first.local_addr().unwrap(), b"hello", None, 64).unwrap();
+        udp.send(first.local_addr().unwrap(), b"hello", None, CARRIAGE)
+            .unwrap();
         let (_, from) = first.recv_from(&mut [0; 16]).unwrap();
         second.send_to(b"unasked", from).unwrap();
         wait(&udp);
@@ -254,8 +272,8 @@ mod tests {
         let closed = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let open_port = UdpSocket::bind("127.0.0.1:0").unwrap();
         let mut udp = open(closed);
-        udp.send(closed, b"anyone?", None, 64).unwrap();
-        udp.send(open_port.local_addr().unwrap(), b"you!", None, 64)
+        udp.send(closed, b"anyone?", None, CARRIAGE).unwrap();
+        udp.send(open_port.local_addr().unwrap(), b"you!", None, CARRIAGE)
             .unwrap();
         wait(&udp);
         let expected = SendError {

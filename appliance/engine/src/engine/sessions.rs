@@ -9,7 +9,8 @@ use crate::dns;
 use crate::event::{CloseReason, DropReason, Event};
 use crate::flow::{Flow, FlowKey, Route};
 use crate::io::{
-    IcmpError, Judgement, Open, Unreachable, UpstreamCommand, UpstreamError, UpstreamEvent, World,
+    Carriage, IcmpError, Judgement, Open, PacketIn, Unreachable, UpstreamCommand, UpstreamError,
+    UpstreamEvent, World,
 };
 use crate::packet::{Datagram, Echo, IcmpMessage, IcmpView, PacketView, UdpView};
 use crate::policy::{Action, Decision};
@@ -21,12 +22,12 @@ impl Engine {
 
     pub(super) fn handle_datagram(
         &mut self,
-        ingress: IngressId,
+        packet: PacketIn<'_>,
         view: &PacketView<'_>,
         datagram: &UdpView<'_>,
-        segment_size: Option<NonZeroU16>,
         world: &mut dyn World,
     ) -> Judgement {
+        let ingress = packet.ingress;
         let client = SocketAddr::new(view.source(), datagram.source_port);
         let target = SocketAddr::new(view.destination(), datagram.destination_port);
         let decision = self.policy.decide(ingress, Protocol::Udp, client, target);
@@ -47,20 +48,21 @@ impl Engine {
         let payload = datagram.payload;
         if let Some(Flow::Session(session)) = self.flows.get_mut(id) {
             session.on_sent(target, payload.len(), &self.config, self.now);
-            if target.port() == dns::PORT && segment_size.is_none() {
+            if target.port() == dns::PORT && packet.segment_size.is_none() {
                 let questions = session.questions.get_or_insert_default();
                 questions.on_message(target, payload);
             }
         }
-        let segment_size = segment_size.filter(|size| usize::from(size.get()) < payload.len());
-        let hop_limit = view.hop_limit() - 1;
+        let segment_size = packet
+            .segment_size
+            .filter(|size| usize::from(size.get()) < payload.len());
         world.upstream(
             id,
             UpstreamCommand::Send {
                 target: send_to,
                 payload,
                 segment_size,
-                hop_limit,
+                carriage: carriage(packet, view, send_to),
             },
         );
         Judgement {
@@ -72,13 +74,13 @@ impl Engine {
 
     pub(super) fn handle_icmp(
         &mut self,
-        ingress: IngressId,
+        packet: PacketIn<'_>,
         view: &PacketView<'_>,
         message: &IcmpView<'_>,
         world: &mut dyn World,
     ) -> Judgement {
         match message.message {
-            IcmpMessage::EchoRequest(echo) => self.handle_echo(ingress, view, echo, world),
+            IcmpMessage::EchoRequest(echo) => self.handle_echo(packet, view, echo, world),
             IcmpMessage::Error {
                 error: IcmpError::PacketTooBig { mtu },
                 quoted: Some(quoted),
@@ -91,7 +93,7 @@ impl Engine {
                         let target = SocketAddr::new(quoted.source, source);
                         let client = SocketAddr::new(quoted.destination, destination);
                         self.flows.find(&FlowKey::Tcp {
-                            ingress,
+                            ingress: packet.ingress,
                             client,
                             target,
                         })
@@ -116,11 +118,12 @@ impl Engine {
 
     fn handle_echo(
         &mut self,
-        ingress: IngressId,
+        packet: PacketIn<'_>,
         view: &PacketView<'_>,
         echo: Echo<'_>,
         world: &mut dyn World,
     ) -> Judgement {
+        let ingress = packet.ingress;
         let client = SocketAddr::new(view.source(), echo.identifier);
         let target = SocketAddr::new(view.destination(), 0);
         let decision = self.policy.decide(ingress, Protocol::Icmp, client, target);
@@ -148,13 +151,12 @@ impl Engine {
         if let Some(Flow::Session(session)) = self.flows.get_mut(id) {
             session.on_sent(target, echo.payload.len(), &self.config, self.now);
         }
-        let hop_limit = view.hop_limit() - 1;
         world.upstream(
             id,
             UpstreamCommand::Echo {
                 sequence: echo.sequence,
                 payload: echo.payload,
-                hop_limit,
+                carriage: carriage(packet, view, target),
             },
         );
         Judgement {
@@ -451,5 +453,15 @@ impl Engine {
             error,
         };
         report.send(id, self.config.mtu, &mut self.identification, world);
+    }
+}
+
+/// How a client's packet is to be sent on to `send_to`; its hop limit has been found to be more than 1.
+fn carriage(packet: PacketIn<'_>, view: &PacketView<'_>, send_to: SocketAddr) -> Carriage {
+    Carriage {
+        hop_limit: view.hop_limit() - 1,
+        // A redirect to the other IP version has another path, with headers of other lengths: what its MTU is would
+        // mean nothing to the client.
+        dont_fragment: view.dont_fragment() && !packet.reassembled && view.is_ipv6() == send_to.is_ipv6(),
     }
 }

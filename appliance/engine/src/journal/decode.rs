@@ -315,7 +315,7 @@ mod tests {
             }),
         ];
         let checksum = prop_oneof![Just(ChecksumState::Trusted), Just(ChecksumState::Unverified)];
-        let packet = (any::<u16>(), checksum, size, bytes.clone());
+        let packet = (any::<u16>(), checksum, size, any::<bool>(), bytes.clone());
         let name = (
             any::<IpAddr>(),
             any::<u32>().prop_map(|seconds| Duration::from_secs(seconds.into())),
@@ -329,11 +329,12 @@ mod tests {
             },
         );
         let call = prop_oneof![
-            packet.prop_map(|(ingress, checksum, segment_size, bytes)| {
+            packet.prop_map(|(ingress, checksum, segment_size, reassembled, bytes)| {
                 Call::Packet {
                     ingress: IngressId(ingress),
                     checksum,
                     segment_size,
+                    reassembled,
                     bytes,
                 }
             }),

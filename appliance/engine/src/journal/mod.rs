@@ -34,7 +34,7 @@ use crate::time::Timestamp;
 /// What every journal starts with.
 pub const MAGIC: &[u8; 15] = b"tungate-journal";
 /// The version that is written, and the only one that is read.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 const PREAMBLE_LEN: usize = MAGIC.len() + size_of::<u32>();
 /// Length and checksum.
@@ -81,6 +81,8 @@ pub enum Call<'a> {
         checksum: ChecksumState,
         /// As in [`PacketIn`](crate::io::PacketIn).
         segment_size: Option<NonZeroU16>,
+        /// As in [`PacketIn`](crate::io::PacketIn).
+        reassembled: bool,
         /// The packet.
         #[serde(borrow, with = "serde_bytes")]
         bytes: &'a [u8],

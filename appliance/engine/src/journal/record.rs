@@ -34,12 +34,14 @@ impl Entry<'_> {
                 ingress,
                 checksum,
                 segment_size,
+                reassembled,
                 bytes,
             } => handle(Input::Packet(PacketIn {
                 ingress,
                 bytes,
                 checksum,
                 segment_size,
+                reassembled,
             })),
             &Call::Upstream(flow, event) => handle(Input::Upstream(flow, event)),
             Call::Wakeup => handle(Input::Wakeup),
@@ -102,10 +104,12 @@ impl<S: FnMut(&[u8])> Recorded<S> {
                 bytes,
                 checksum,
                 segment_size,
+                reassembled,
             }) => Call::Packet {
                 ingress,
                 checksum,
                 segment_size,
+                reassembled,
                 bytes,
             },
             &Input::Upstream(flow, event) => Call::Upstream(flow, event),
@@ -353,6 +357,7 @@ mod tests {
             bytes: &[],
             checksum: ChecksumState::Trusted,
             segment_size: None,
+            reassembled: false,
         };
         // The drop of an empty packet is an event, at which this world panics.
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {

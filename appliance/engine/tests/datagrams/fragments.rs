@@ -3,7 +3,7 @@
 use super::*;
 
 /// Cuts an IPv4 packet after `first` bytes of payload.
-fn cut(packet: &[u8], first: usize) -> [Vec<u8>; 2] {
+pub(crate) fn cut(packet: &[u8], first: usize) -> [Vec<u8>; 2] {
     let (header, payload) = Ipv4Header::from_slice(packet).expect("an IPv4 packet");
     let piece = |payload: &[u8], offset: usize, more: bool| {
         let mut header = header.clone();

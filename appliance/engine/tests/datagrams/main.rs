@@ -1,5 +1,6 @@
 //! UDP mappings, echo sessions, fragments, lists and policy changes as a client sees them.
 
+mod carriage;
 mod fragments;
 mod names;
 mod policy;
@@ -13,7 +14,7 @@ use std::time::Duration;
 use etherparse::{IpFragOffset, IpNumber, Ipv4Header, PacketBuilder, SlicedPacket, TransportSlice};
 use support::*;
 use tungate_engine::config::Filtering;
-use tungate_engine::io::{IcmpError, Unreachable, UpstreamError, UpstreamEvent};
+use tungate_engine::io::{Carriage, IcmpError, Unreachable, UpstreamError, UpstreamEvent};
 use tungate_engine::policy::{
     Action, ListAction, ListEntry, ListProtocol, PolicySpec, PortRange, Rule, RuleMatch, RuleRef,
 };
@@ -21,6 +22,11 @@ use tungate_engine::{CloseReason, Config, DropReason, Event, FlowId, Input, Poli
 
 const RESOLVER: &str = "192.0.2.53:53";
 const PEER: &str = "198.51.100.9:4000";
+/// How packets of the builders here are sent on: they have DF.
+const WHOLE: Carriage = Carriage {
+    hop_limit: 63,
+    dont_fragment: true,
+};
 
 fn address(text: &str) -> SocketAddr {
     text.parse().expect("a socket address")
@@ -185,7 +191,7 @@ fn a_question_and_its_answer_pass() {
         let sent = Command::Send {
             target: address(target),
             payload: b"question".to_vec(),
-            hop_limit: 63,
+            carriage: WHOLE,
         };
         assert_eq!(commands[1..], [sent]);
         let answer = UpstreamEvent::Datagram {
@@ -338,6 +344,7 @@ fn a_super_packet_becomes_one_send_with_its_segment_size() {
         bytes: &packet,
         checksum: tungate_engine::io::ChecksumState::Trusted,
         segment_size: std::num::NonZeroU16::new(1_400),
+        reassembled: false,
     };
     let flow = rig
         .handle(Input::Packet(input))
@@ -555,7 +562,8 @@ fn an_echo_is_answered_by_its_target_only() {
             rig.commands()[1..],
             [Command::Echo {
                 sequence: 1,
-                payload: b"ping".to_vec()
+                payload: b"ping".to_vec(),
+                carriage: WHOLE,
             }]
         );
         rig.upstream(

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use etherparse::{PacketBuilder, TcpHeader, TcpOptionElement};
 use tungate_engine::dns::Learned;
-use tungate_engine::io::{ChecksumState, Open, PacketOut, UpstreamCommand, UpstreamEvent};
+use tungate_engine::io::{Carriage, ChecksumState, Open, PacketOut, UpstreamCommand, UpstreamEvent};
 use tungate_engine::packet::{PacketView, TcpView, Transport, segments};
 use tungate_engine::policy::PolicySpec;
 use tungate_engine::{
@@ -32,11 +32,12 @@ pub enum Command {
     Send {
         target: SocketAddr,
         payload: Vec<u8>,
-        hop_limit: u8,
+        carriage: Carriage,
     },
     Echo {
         sequence: u16,
         payload: Vec<u8>,
+        carriage: Carriage,
     },
     Close,
     Abort,
@@ -52,6 +53,8 @@ pub struct Recorder {
     pub commands: Vec<(FlowId, Command)>,
     pub events: Vec<Event>,
     pub forwarded: Vec<(ShardId, Vec<u8>)>,
+    /// Whether each of them had come in fragments.
+    pub forwarded_reassembled: Vec<bool>,
     pub learned: Vec<Learned>,
     pub full: bool,
     /// Buffers whose memory was offered to the system.
@@ -83,18 +86,21 @@ impl World for Recorder {
             UpstreamCommand::Send {
                 target,
                 payload,
-                hop_limit,
+                carriage,
                 ..
             } => Command::Send {
                 target,
                 payload: payload.to_vec(),
-                hop_limit,
+                carriage,
             },
             UpstreamCommand::Echo {
-                sequence, payload, ..
+                sequence,
+                payload,
+                carriage,
             } => Command::Echo {
                 sequence,
                 payload: payload.to_vec(),
+                carriage,
             },
             UpstreamCommand::Close => Command::Close,
             UpstreamCommand::Abort => Command::Abort,
@@ -108,6 +114,7 @@ impl World for Recorder {
 
     fn forward(&mut self, shard: ShardId, packet: PacketIn<'_>) {
         self.forwarded.push((shard, packet.bytes.to_vec()));
+        self.forwarded_reassembled.push(packet.reassembled);
     }
 
     fn learned(&mut self, learned: &Learned) {
@@ -159,6 +166,7 @@ impl Rig {
             bytes,
             checksum: ChecksumState::Unverified,
             segment_size: None,
+            reassembled: false,
         };
         self.handle(Input::Packet(packet)).expect("packets are judged")
     }

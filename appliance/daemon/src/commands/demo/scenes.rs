@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use tungate_engine::io::Carriage;
 use tungate_engine::policy::{ListAction, ListEntry, ListProtocol};
 
 use super::origin::{BULK, CLOSED, DNS, HTTP, NAMES, PAGE_LEN, Pattern, STREAM, WEB, WEB_V6};
@@ -19,7 +20,10 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const SILENCE: Duration = Duration::from_millis(500);
 /// How long the fast transfer lasts.
 const TRANSFER_TIME: Duration = Duration::from_secs(1);
-const HOP_LIMIT: u8 = 64;
+const CARRIAGE: Carriage = Carriage {
+    hop_limit: 64,
+    dont_fragment: true,
+};
 /// How often progress is shown.
 const SHOW_TIME: Duration = Duration::from_millis(100);
 
@@ -99,7 +103,7 @@ fn ping(stage: &mut Stage<'_>) -> Result<String> {
     ping.socket().set_nonblocking(false)?;
     ping.socket().set_read_timeout(Some(PATIENCE))?;
     let start = Instant::now();
-    ping.send(1, b"tungate", HOP_LIMIT)
+    ping.send(1, b"tungate", CARRIAGE)
         .map_err(|error| anyhow!("the client met {error:?}"))?;
     let mut buffer = [0; 128];
     let reply = ping.receive(&mut buffer).context("no reply")?;
