@@ -417,6 +417,12 @@ impl Engine {
         Some(u64::try_from(nanos).map_or(Timestamp::MAX, Timestamp::from_nanos))
     }
 
+    /// The name that a client knows `target` by, if it has asked for it by DNS.
+    pub fn name_of(&self, ingress: IngressId, client: IpAddr, target: IpAddr) -> Option<&str> {
+        self.names
+            .find(self.now, ingress, self.config.client_of(client), target)
+    }
+
     /// Tells the name that a new flow's client knows its target by, if it has learned one.
     fn tell_name(
         &self,
@@ -424,10 +430,7 @@ impl Engine {
         (ingress, client, target): (IngressId, SocketAddr, SocketAddr),
         world: &mut dyn World,
     ) {
-        if let Some(name) =
-            self.names
-                .find(self.now, ingress, self.config.client_of(client.ip()), target.ip())
-        {
+        if let Some(name) = self.name_of(ingress, client.ip(), target.ip()) {
             world.event(&Event::Named {
                 flow,
                 name: name.to_owned(),

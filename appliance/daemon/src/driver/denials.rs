@@ -8,7 +8,7 @@ use std::time::Duration;
 use tungate_engine::io::Judgement;
 use tungate_engine::packet::PacketView;
 use tungate_engine::policy::RuleRef;
-use tungate_engine::{DropReason, Policy, Timestamp};
+use tungate_engine::{DropReason, Engine, PacketIn, Policy, Timestamp};
 
 /// A client that tries again is told of once in this time.
 const QUIET_TIME: Duration = Duration::from_secs(30);
@@ -55,7 +55,14 @@ impl Denials {
     }
 
     /// Takes note of what became of `packet`, and writes a line if the policy denied it.
-    pub(super) fn note(&mut self, packet: &[u8], judgement: &Judgement, policy: &Policy, now: Timestamp) {
+    pub(super) fn note(
+        &mut self,
+        packet: &PacketIn<'_>,
+        judgement: &Judgement,
+        policy: &Policy,
+        engine: &Engine,
+        now: Timestamp,
+    ) {
         let (
             Some(
                 reason @ (DropReason::ListSource
@@ -71,7 +78,7 @@ impl Denials {
         if !tracing::enabled!(target: "tungate::denied", tracing::Level::INFO) {
             return;
         }
-        let Ok(view) = PacketView::parse(packet) else {
+        let Ok(view) = PacketView::parse(packet.bytes) else {
             return;
         };
         let denial = Denial {
@@ -86,6 +93,7 @@ impl Denials {
                 protocol = %protocol_name(denial.protocol),
                 client = %denial.client,
                 target = %denial.target,
+                name = engine.name_of(packet.ingress, denial.client, denial.target.ip()),
                 rule = %policy.name(rule),
                 %reason,
                 untold = (untold > 0).then_some(untold),

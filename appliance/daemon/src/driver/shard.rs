@@ -295,13 +295,7 @@ impl Shard {
                 return;
             };
             let packet = parcel.packet();
-            let judgement = self
-                .machine
-                .handle(self.world.now, Input::Packet(packet), &mut self.world);
-            if let Some(judgement) = judgement {
-                self.denials
-                    .note(packet.bytes, &judgement, &self.world.policy, self.world.now);
-            }
+            judge(&mut self.machine, &mut self.world, &mut self.denials, packet);
             self.world.buffers.give_back(parcel);
         }
     }
@@ -331,13 +325,7 @@ impl Shard {
                 Ok(_) | Err(_) => self.id,
             };
             if owner == self.id {
-                let judgement = self
-                    .machine
-                    .handle(self.world.now, Input::Packet(packet), &mut self.world);
-                if let Some(judgement) = judgement {
-                    self.denials
-                        .note(packet.bytes, &judgement, &self.world.policy, self.world.now);
-                }
+                judge(&mut self.machine, &mut self.world, &mut self.denials, packet);
             } else {
                 self.world.forward(owner, packet);
             }
@@ -512,5 +500,12 @@ impl Shard {
             lost_by_device: self.world.device.lost,
             lost_between_shards: self.world.losses.handed_over,
         }
+    }
+}
+
+/// Gives the engine a packet, and tells the log what the policy denies.
+fn judge(machine: &mut Machine, world: &mut ShardWorld, denials: &mut Denials, packet: PacketIn<'_>) {
+    if let Some(judgement) = machine.handle(world.now, Input::Packet(packet), world) {
+        denials.note(&packet, &judgement, &world.policy, machine.engine(), world.now);
     }
 }
