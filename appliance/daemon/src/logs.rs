@@ -1,4 +1,10 @@
 //! Where the log goes.
+//!
+//! Whoever reads the log may be slow, or stand still: a pager, a full disk, a journal that is being rotated. A process
+//! that relays has a thread for that ([`writer`]): others hand whole lines over and go on, and never wait for a
+//! reader. What the reader leaves lying beyond a bound is lost, counted, and told of when it reads again.
+
+mod writer;
 
 use std::cell::RefCell;
 use std::fmt;
@@ -11,6 +17,9 @@ use tracing_subscriber::fmt::format::{FormatEvent, FormatFields, Writer};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
+
+pub(crate) use self::writer::start as start_writer;
+use self::writer::{WRITER, write_out};
 
 /// The variable that says what to log, in the syntax of tracing's filters: `debug`, `tungate::flow=off,info`.
 const VARIABLE: &str = "TUNGATE_LOG";
@@ -49,21 +58,18 @@ pub(crate) fn of_a_command(verbose: bool) {
         .init();
 }
 
-/// More bytes than this do not wait.
-const GATHERED_MAX: usize = 64 << 10;
-
 thread_local! {
-    /// This thread's lines that wait to be written; `None`: they do not wait.
+    /// This thread's lines that wait to be handed over; `None`: they do not wait.
     static GATHERED: RefCell<Option<Vec<u8>>> = const { RefCell::new(None) };
 }
 
-/// Has this thread's lines wait for [`write_gathered`], or the end of the returned value: a thread that has many would
-/// otherwise spend a call of the system, and the lock that all threads share, on each.
+/// Has this thread's lines wait for [`hand_over`], or the end of the returned value: a thread that has many would
+/// otherwise take the lock that all threads share for each.
 pub(crate) fn gather() -> impl Drop {
     struct Gathering;
     impl Drop for Gathering {
         fn drop(&mut self) {
-            write_gathered();
+            hand_over();
             GATHERED.set(None);
         }
     }
@@ -71,14 +77,22 @@ pub(crate) fn gather() -> impl Drop {
     Gathering
 }
 
-/// Writes what waits. A thread that gathers lines calls it before it sleeps.
-pub(crate) fn write_gathered() {
+/// Gives the lines that wait to the thread that writes. A thread that gathers lines calls it before it sleeps.
+pub(crate) fn hand_over() {
     GATHERED.with_borrow_mut(|gathered| {
         if let Some(lines) = gathered.as_mut().filter(|lines| !lines.is_empty()) {
-            let _ = io::stderr().write_all(lines); // there is nobody to tell
+            write(lines);
             lines.clear();
         }
     });
+}
+
+/// Writes whole lines: by the thread for that, where there is one.
+fn write(lines: &[u8]) {
+    match WRITER.get() {
+        Some(writer) => writer.push(lines),
+        None => write_out(lines),
+    }
 }
 
 /// Standard error, by way of the lines that wait.
@@ -87,14 +101,13 @@ struct Lines;
 impl Write for Lines {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let waits = GATHERED.with_borrow_mut(|gathered| {
-            let lines = gathered.as_mut()?;
-            lines.extend_from_slice(line);
-            Some(lines.len())
+            gathered
+                .as_mut()
+                .map(|lines| lines.extend_from_slice(line))
+                .is_some()
         });
-        match waits {
-            None => return io::stderr().write(line),
-            Some(len) if len >= GATHERED_MAX => write_gathered(),
-            Some(_) => {}
+        if !waits {
+            write(line);
         }
         Ok(line.len())
     }

@@ -188,7 +188,7 @@ impl Shard {
             } else {
                 deadline.map(|deadline| deadline.at.since(self.clock.now()))
             };
-            logs::write_gathered();
+            logs::hand_over();
             match self.poll.poll(&mut events, timeout) {
                 Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
                 Ok(()) | Err(_) => {}
@@ -311,13 +311,13 @@ impl Shard {
             };
             let Some(bytes) = self.world.device.take(received.bytes) else {
                 continue;
-                reassembled: false,
             };
             let packet = PacketIn {
                 ingress: INGRESS,
                 bytes,
                 checksum: received.checksum,
                 segment_size: received.segment_size,
+                reassembled: false,
             };
             // What cannot be parsed is anybody's: it is dropped and counted.
             let owner = match PacketView::parse(packet.bytes) {

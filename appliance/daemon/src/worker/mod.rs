@@ -59,6 +59,7 @@ pub(crate) fn run() -> Result<ExitCode> {
             return Ok(ExitCode::FAILURE); // the supervisor has gone
         };
         logs::to_stderr(start.json_log);
+        let _last_lines = logs::start_writer().context("cannot start a thread")?;
         match work(*start, descriptors, &mut link).await {
             Ok(()) => Ok(ExitCode::SUCCESS),
             Err(error) => {

@@ -81,6 +81,7 @@ fn exec(arguments: &cli::Exec) -> Result<ExitCode> {
     };
     drop(theirs);
     raise_descriptor_limit();
+    let last_lines = logs::start_writer().context("cannot start a thread")?;
     let outside = Outside {
         loaded,
         journal,
@@ -92,6 +93,7 @@ fn exec(arguments: &cli::Exec) -> Result<ExitCode> {
         let _ = kill(child, Signal::SIGKILL);
     }
     end_children();
+    drop(last_lines); // before this process may end by a signal
     Ok(exit_code(served?))
 }
 
