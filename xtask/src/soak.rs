@@ -154,6 +154,24 @@ const STEPS: &[Step] = &[
         },
     },
     Step {
+        name: "live floods",
+        work: Work::Tests {
+            package: "tungate",
+            folder: "appliance/daemon",
+            test: "floods",
+            environment: LIVE,
+        },
+    },
+    Step {
+        name: "live proxies",
+        work: Work::Tests {
+            package: "tungate",
+            folder: "appliance/daemon",
+            test: "proxies",
+            environment: LIVE,
+        },
+    },
+    Step {
         name: "live recorded",
         work: Work::Tests {
             package: "tungate",

@@ -10,7 +10,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Group;
 use serde_json::Value;
 use socket2::{Domain, SockAddr, Socket, Type};
-use support::{Appliance, Background, Lab, PATIENCE, TUNGATE, file, skipped, text, wait_until};
+use support::peers::connection;
+use support::{Appliance, Background, Lab, TUNGATE, file, skipped, text, wait_until};
 
 /// Runs a command in the appliance's namespace.
 fn tungate(lab: &Lab, arguments: &str) -> Output {
@@ -41,15 +42,6 @@ fn flow_to(lab: &Lab, target: &str) -> Option<Value> {
     let flows = json(lab, "flows");
     let flows = flows["flows"].as_array().unwrap();
     flows.iter().find(|flow| flow["target"] == target).cloned()
-}
-
-/// A connection of the host to the server, from both ends.
-fn connection(lab: &Lab, address: &str) -> (TcpStream, TcpStream) {
-    let listener = lab.server.listen(address);
-    let client = lab.host.connect(address).unwrap();
-    let (server, _) = listener.accept().unwrap();
-    server.set_read_timeout(Some(PATIENCE)).unwrap();
-    (client, server)
 }
 
 /// Sends a line over, and back.

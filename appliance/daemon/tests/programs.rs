@@ -3,63 +3,15 @@
 mod support;
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 
 use nix::sys::signal::Signal;
+use support::programs::{has_module, name_server, start, succeed};
 use support::web::{self, Web, hash};
 use support::{
-    Appliance, Background, Lab, Namespace, PYTHON, SERVER, SERVER6, amount, file, skipped, text,
+    Background, Lab, Namespace, PYTHON, SERVER, SERVER6, TUNGATE, amount, file, skipped, text,
     wait_for_server, wait_until,
 };
-
-/// Runs a program to its end, which must be good.
-#[track_caller]
-fn succeed(namespace: &Namespace, line: &str) -> Output {
-    let output = namespace.run(line);
-    assert!(
-        output.status.success(),
-        "{line}: {}\n{}{}",
-        output.status,
-        text(&output.stdout),
-        text(&output.stderr)
-    );
-    output
-}
-
-/// Whether Debian's Python has a module.
-fn has_module(name: &str) -> bool {
-    let found = Command::new(PYTHON)
-        .args(["-c", &format!("import {name}")])
-        .stderr(Stdio::null())
-        .status()
-        .is_ok_and(|status| status.success());
-    if !found {
-        println!("skipped: Python has no module {name}");
-    }
-    found
-}
-
-/// Starts a program that says `ready` in a line of its output.
-fn start(namespace: &Namespace, program: &str, arguments: &[&str], ready: &str) -> Background {
-    let mut process = namespace
-        .command(program)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut output = BufReader::new(process.stdout.take().unwrap());
-    let process = Background(process);
-    let mut line = String::new();
-    while !line.contains(ready) {
-        line.clear();
-        assert_ne!(output.read_line(&mut line).unwrap(), 0, "{program} has ended");
-    }
-    // The rest of its output must not block it.
-    std::thread::spawn(move || std::io::copy(&mut output, &mut std::io::sink()));
-    process
-}
 
 #[test]
 fn http2_carries_many_transfers_in_one_flow_named_by_tls() {
@@ -131,12 +83,7 @@ fn files_are_copied_by_scp_in_both_directions() {
     let options = format!(
         "-q -i {path}/user -o UserKnownHostsFile={path}/known -o StrictHostKeyChecking=accept-new -o BatchMode=yes"
     );
-    let len = amount(20_000_001, 200_000_001) as u32;
-    let content: Vec<u8> = (0..len)
-        .map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8)
-        .collect();
-    std::fs::write(directory.path().join("original"), content).unwrap();
-    let original = hash(&directory.path().join("original"));
+    let original = web::publish(directory.path(), "original", amount(20_000_001, 200_000_001));
     for host in [SERVER.to_owned(), format!("[{SERVER6}]")] {
         succeed(
             &lab.host,
@@ -213,7 +160,54 @@ asyncio.run(asyncio.wait_for(main(), 60))
     appliance.stop();
 }
 
-/// DTLS stands for the protocols over UDP with a state of their own; Debian's OpenSSL has no QUIC.
+#[test]
+fn quic_carries_http3_in_both_ip_versions_and_goes_on_from_another_port() {
+    if skipped(&["gtlsserver", "gtlsclient", "openssl"]) {
+        return;
+    }
+    let lab = Lab::new();
+    let appliance = lab.appliance(&[]);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().display();
+    web::certificate(directory.path());
+    let original = web::publish(directory.path(), "original", amount(8_000_001, 200_000_001));
+    let downloads = directory.path().join("downloads");
+    std::fs::create_dir(&downloads).unwrap();
+    for (port, host) in [(4433, SERVER), (4434, SERVER6)] {
+        let mut server = lab.server.command("gtlsserver");
+        server
+            .args(["--quiet", &format!("--htdocs={path}"), host, &port.to_string()])
+            .args([format!("{path}/key.pem"), format!("{path}/certificate.pem")])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let _server = Background(server.spawn().unwrap());
+        wait_until(|| text(&lab.server.run("ss -Huln").stdout).contains(&format!(":{port} ")));
+        // In the midst of the transfer the client goes on from another port.
+        for moves in ["", "--change-local-addr=20ms "] {
+            succeed(
+                &lab.host,
+                &format!(
+                    "gtlsclient --quiet --no-quic-dump --no-http-dump --exit-on-all-streams-close {moves}\
+                     --download={} {host} {port} https://www.example.test:{port}/original",
+                    downloads.display()
+                ),
+            );
+            let copy = downloads.join("original");
+            assert!(hash(&copy) == original, "{host} {moves}");
+            std::fs::remove_file(copy).unwrap();
+        }
+        let target = if port == 4433 {
+            format!("{host}:{port}")
+        } else {
+            format!("[{host}]:{port}")
+        };
+        let flows = text(&lab.host.run(&format!("{TUNGATE} flows")).stdout);
+        assert!(flows.contains(&target), "{flows}");
+    }
+    appliance.stop();
+}
+
+/// Another protocol over UDP with a state of its own, by other programs.
 #[test]
 fn dtls_shakes_hands_and_carries_data_both_ways() {
     if skipped(&["openssl"]) {
@@ -222,21 +216,7 @@ fn dtls_shakes_hands_and_carries_data_both_ways() {
     let lab = Lab::new();
     let appliance = lab.appliance(&[]);
     let directory = tempfile::tempdir().unwrap();
-    let made = Command::new("openssl")
-        .args([
-            "req",
-            "-x509",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-subj",
-            "/CN=example.test",
-        ])
-        .args(["-keyout", "key.pem", "-out", "certificate.pem"])
-        .current_dir(&directory)
-        .output()
-        .unwrap();
-    assert!(made.status.success(), "{}", text(&made.stderr));
+    web::certificate(directory.path());
     for (number, host) in [SERVER.to_owned(), format!("[{SERVER6}]")].iter().enumerate() {
         let endpoint = format!("{host}:{}", 4433 + number);
         let mut server = lab.server.command("openssl");
@@ -335,187 +315,6 @@ asyncio.run(asyncio.wait_for(main(), 120))
     assert_eq!(ended["flows"], 2000);
 }
 
-/// A configuration by which flows of these protocols go through this egress.
-fn through(directory: &Path, egress: &str, protocols: &str) -> String {
-    file(
-        directory,
-        "tungate.toml",
-        &format!(
-            "[[egress]]\nname = \"proxy\"\n{egress}\n\
-             [[rule]]\nname = \"by proxy\"\nprotocols = {protocols}\naction = \"egress\"\negress = \"proxy\"\n"
-        ),
-    )
-}
-
-/// Downloads and uploads through the proxy, and is told the truth about a port that is closed.
-fn transfer_by_proxy(lab: &Lab, appliance: &Appliance, web: &Web) {
-    let original = web.publish("original", 10_000_001);
-    let (here, there) = (web.path().join("downloaded"), web.path().join("uploaded"));
-    for host in [SERVER.to_owned(), format!("[{SERVER6}]")] {
-        succeed(
-            &lab.host,
-            &format!("curl -sS -f -m 60 -o {} http://{host}/original", here.display()),
-        );
-        assert!(hash(&here) == original, "download from {host}");
-        succeed(
-            &lab.host,
-            &format!(
-                "curl -sS -f -m 60 -T {} http://{host}/uploaded",
-                web.path().join("original").display()
-            ),
-        );
-        assert!(hash(&there) == original, "upload to {host}");
-        std::fs::remove_file(&there).unwrap();
-    }
-    let flow = appliance.log.flow_to("192.0.2.7:80");
-    assert_eq!(
-        (&flow["egress"], &flow["end"]),
-        (&"proxy".into(), &"finished".into())
-    );
-    let refused = lab.host.run("curl -sS -m 60 http://192.0.2.7:81/");
-    assert_eq!(
-        refused.status.code(),
-        Some(7),
-        "couldn't connect: {}",
-        text(&refused.stderr)
-    );
-    assert_eq!(appliance.log.flow_to("192.0.2.7:81")["end"], "connect-failed");
-}
-
-#[test]
-fn microsocks_carries_flows_with_a_password_and_after_its_restart() {
-    let programs = ["microsocks", web::PROGRAMS[0], web::PROGRAMS[1], web::PROGRAMS[2]];
-    if skipped(&programs) {
-        return;
-    }
-    let lab = Lab::new();
-    let web = Web::start(&lab.server);
-    let directory = tempfile::tempdir().unwrap();
-    let egress = "kind = \"socks5\"\naddress = \"10.99.0.2:1080\"\nusername = \"me\"\npassword = \"secret\"";
-    let configuration = through(directory.path(), egress, "[\"tcp\"]");
-    let proxy = |password: &str| {
-        let line = format!("-i 10.99.0.2 -p 1080 -u me -P {password}");
-        let mut microsocks = lab.server.command("microsocks");
-        let process = Background(
-            microsocks
-                .args(line.split(' '))
-                .stderr(Stdio::null())
-                .spawn()
-                .unwrap(),
-        );
-        wait_for_server(&lab.server, "10.99.0.2:1080");
-        process
-    };
-    let running = proxy("secret");
-    let appliance = lab.appliance(&["-c", &configuration]);
-    transfer_by_proxy(&lab, &appliance, &web);
-    let ask = || {
-        lab.host
-            .run("curl -sS -f -m 60 -o /dev/null http://192.0.2.7/original")
-            .status
-            .code()
-    };
-    // It restarts: what comes meanwhile is refused at once, what comes after is carried.
-    drop(running);
-    assert_eq!(ask(), Some(7));
-    let running = proxy("secret");
-    assert_eq!(ask(), Some(0));
-    drop(running);
-    let _running = proxy("another");
-    assert_eq!(ask(), Some(7), "a proxy that does not let us in refuses");
-    appliance.stop();
-}
-
-#[test]
-fn tinyproxy_carries_flows_with_a_password() {
-    let programs = ["tinyproxy", web::PROGRAMS[0], web::PROGRAMS[1], web::PROGRAMS[2]];
-    if skipped(&programs) {
-        return;
-    }
-    let lab = Lab::new();
-    let web = Web::start(&lab.server);
-    let directory = tempfile::tempdir().unwrap();
-    let proxy = file(
-        directory.path(),
-        "tinyproxy.conf",
-        "Port 3128\nListen 10.99.0.2\nTimeout 60\nMaxClients 50\nBasicAuth me secret\n",
-    );
-    let mut tinyproxy = lab.server.command("tinyproxy");
-    tinyproxy
-        .args(["-d", "-c", &proxy])
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    let _tinyproxy = Background(tinyproxy.spawn().unwrap());
-    wait_for_server(&lab.server, "10.99.0.2:3128");
-    let egress = "kind = \"http\"\naddress = \"10.99.0.2:3128\"\nusername = \"me\"\npassword = \"secret\"";
-    let configuration = through(directory.path(), egress, "[\"tcp\"]");
-    let appliance = lab.appliance(&["-c", &configuration]);
-    transfer_by_proxy(&lab, &appliance, &web);
-    appliance.stop();
-}
-
-/// Names answered by dnsmasq in the server's namespace.
-fn name_server(lab: &Lab, address: &str) -> Background {
-    let mut dnsmasq = lab.server.command("dnsmasq");
-    dnsmasq.args([
-        "--keep-in-foreground",
-        "--conf-file=/dev/null",
-        "--no-resolv",
-        "--no-hosts",
-    ]);
-    dnsmasq.args([
-        "--bind-interfaces",
-        "--user=root",
-        "--pid-file=",
-        "--local-ttl=120",
-    ]);
-    dnsmasq.args([
-        &format!("--listen-address={address}"),
-        "--host-record=www.example.test,192.0.2.7,2001:db8::7",
-        "--cname=alias.example.test,www.example.test",
-    ]);
-    let dnsmasq = Background(dnsmasq.stderr(Stdio::null()).spawn().unwrap());
-    wait_for_server(&lab.server, &format!("{address}:53"));
-    dnsmasq
-}
-
-#[test]
-fn dante_carries_datagrams() {
-    if skipped(&["danted", "dig", "dnsmasq"]) {
-        return;
-    }
-    let lab = Lab::new();
-    let _dnsmasq = name_server(&lab, "192.0.2.8");
-    let directory = tempfile::tempdir().unwrap();
-    let proxy = file(
-        directory.path(),
-        "danted.conf",
-        "internal: 10.99.0.2 port = 1080\nexternal: 192.0.2.9\nsocksmethod: none\nclientmethod: none\n\
-         user.privileged: root\nuser.unprivileged: root\n\
-         client pass { from: 0.0.0.0/0 to: 0.0.0.0/0 }\nsocks pass { from: 0.0.0.0/0 to: 0.0.0.0/0 }\n",
-    );
-    let mut danted = lab.server.command("danted");
-    danted
-        .args(["-f", &proxy, "-p", directory.path().join("pid").to_str().unwrap()])
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    let danted = Background(danted.spawn().unwrap());
-    wait_for_server(&lab.server, "10.99.0.2:1080");
-    let egress = "kind = \"socks5\"\naddress = \"10.99.0.2:1080\"";
-    let configuration = through(directory.path(), egress, "[\"udp\", \"tcp\"]");
-    let appliance = lab.appliance(&["-c", &configuration]);
-    for transport in ["+notcp", "+tcp"] {
-        let output = succeed(
-            &lab.host,
-            &format!("dig +short +time=20 +tries=1 {transport} @192.0.2.8 www.example.test A"),
-        );
-        assert_eq!(text(&output.stdout), "192.0.2.7\n", "{transport}");
-    }
-    assert_eq!(appliance.log.flow_to("192.0.2.8:53")["egress"], "proxy");
-    appliance.stop();
-    drop(danted);
-}
-
 #[test]
 fn flows_carry_the_names_that_clients_asked_for_and_a_resolver_answers_everybody() {
     if skipped(&["dig", "dnsmasq", "nc"]) {
@@ -528,7 +327,8 @@ fn flows_carry_the_names_that_clients_asked_for_and_a_resolver_answers_everybody
     let configuration = file(
         directory.path(),
         "tungate.toml",
-        "[dns]\nresolver = \"192.0.2.8\"\n",
+        "[dns]\nresolver = \"192.0.2.8\"\n\
+         [[rule]]\nname = \"no telnet\"\nprotocols = [\"tcp\"]\nports = [23]\naction = \"reject\"\n",
     );
     let appliance = lab.appliance(&["-c", &configuration]);
     let listener = lab.server.listen("0.0.0.0:1000");
@@ -557,6 +357,12 @@ fn flows_carry_the_names_that_clients_asked_for_and_a_resolver_answers_everybody
             (&name.into(), &"dns".into()),
             "{flow}"
         );
+        // What is denied is as well.
+        lab.host.run(&format!("nc -w 10 {address} 23"));
+        let denied = appliance
+            .log
+            .wait(|line| line["message"] == "flow denied" && line["name"] == name);
+        assert_eq!(denied["rule"], "no telnet");
     }
     let flow = appliance.log.flow_to("203.0.113.99:53");
     assert_eq!(
@@ -602,33 +408,6 @@ fn netcat_hears_and_is_heard_after_either_side_has_closed() {
         assert!(first.wait().unwrap().success() && second.wait().unwrap().success());
         let flow = appliance.log.flow_to(&format!("192.0.2.7:{port}"));
         assert_eq!(flow["end"], "finished");
-    }
-    appliance.stop();
-}
-
-#[test]
-fn a_narrower_path_behind_the_appliance_takes_what_the_device_takes() {
-    if skipped(&["ping"]) {
-        return;
-    }
-    let lab = Lab::new();
-    lab.host.ip("link set uplink mtu 1300");
-    lab.server.ip("link set downlink mtu 1300");
-    let appliance = lab.appliance(&[]);
-    for target in [SERVER, SERVER6] {
-        for size in [1400, 3000] {
-            succeed(
-                &lab.host,
-                &format!("ping -n -c 2 -i 0.2 -W 20 -s {size} {target}"),
-            );
-        }
-    }
-    let (client, server) = (lab.host.udp("0.0.0.0:0"), lab.server.udp("192.0.2.7:1000"));
-    for size in [1400, 3000] {
-        client.send_to(&vec![7; size], "192.0.2.7:1000").unwrap();
-        let (len, from) = server.recv_from(&mut [0; 4000]).unwrap();
-        server.send_to(&vec![7; len], from).unwrap();
-        assert_eq!(client.recv(&mut [0; 4000]).unwrap(), size);
     }
     appliance.stop();
 }

@@ -5,14 +5,14 @@ mod support;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::BufReader;
 use std::path::Path;
-use std::process::Stdio;
 use std::sync::Arc;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
+use support::programs::name_server;
 use support::web::Web;
-use support::{Background, Lab, SERVER, SERVER6, file, skipped, text, wait_for_server, wait_until};
+use support::{Background, Lab, SERVER, SERVER6, file, skipped, text, wait_until};
 use tungate_engine::dns::Learned;
 use tungate_engine::io::{PacketOut, UpstreamCommand};
 use tungate_engine::journal::Decoder;
@@ -29,22 +29,7 @@ const POLICY: &str = "[lists]\nentries = [\"deny 203.0.113.0/24\"]\n\
 /// Something of everything: transfers both ways, names, pings, refusals and denials.
 fn make_traffic(lab: &Lab) {
     let web = Web::start(&lab.server);
-    let mut dnsmasq = lab.server.command("dnsmasq");
-    dnsmasq.args([
-        "--keep-in-foreground",
-        "--conf-file=/dev/null",
-        "--no-resolv",
-        "--no-hosts",
-    ]);
-    dnsmasq.args([
-        "--bind-interfaces",
-        "--user=root",
-        "--pid-file=",
-        "--listen-address=192.0.2.8",
-    ]);
-    dnsmasq.arg("--host-record=www.example.test,192.0.2.7");
-    let _dnsmasq = Background(dnsmasq.stderr(Stdio::null()).spawn().unwrap());
-    wait_for_server(&lab.server, "192.0.2.8:53");
+    let _dnsmasq = name_server(lab, "192.0.2.8");
     web.publish("original", 3_000_001);
     let original = web.path().join("original").display().to_string();
     for (line, code) in [

@@ -3,14 +3,13 @@
 mod support;
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpStream};
-use std::os::fd::AsFd;
+use std::net::Shutdown;
 use std::process::Stdio;
 use std::time::Duration;
 
-use nix::sys::socket::{setsockopt, sockopt};
+use support::peers::{connection, reset};
 use support::web::{self, Web, hash};
-use support::{Background, Lab, PATIENCE, SERVER, SERVER6, amount, skipped, text, wait_for_server};
+use support::{Background, Lab, SERVER, SERVER6, amount, skipped, text, wait_for_server};
 
 #[test]
 fn downloads_and_uploads_arrive_unchanged() {
@@ -85,23 +84,6 @@ fn refused_and_unreachable_targets_are_seen_as_such() {
             .starts_with("unreachable")
     );
     appliance.stop();
-}
-
-/// A connection through the appliance: the client's end and the server's.
-fn connection(lab: &Lab, address: &str) -> (TcpStream, TcpStream) {
-    let listener = lab.server.listen(address);
-    let client = lab.host.connect(address).unwrap();
-    let (server, _) = listener.accept().unwrap();
-    server.set_read_timeout(Some(PATIENCE)).unwrap();
-    (client, server)
-}
-
-fn reset(stream: TcpStream) {
-    let linger = libc::linger {
-        l_onoff: 1,
-        l_linger: 0,
-    };
-    setsockopt(&stream.as_fd(), sockopt::Linger, &linger).unwrap();
 }
 
 #[test]
@@ -255,29 +237,32 @@ fn traceroute_shows_the_way_behind_the_appliance() {
         "link add far type veth peer name near netns {}",
         far.pid()
     ));
-    lab.server.ip("address add 203.0.113.1/24 dev far");
-    lab.server.ip("link set far up");
-    far.ip("address add 203.0.113.2/24 dev near");
-    far.ip("link set near up");
-    far.ip("route add default via 203.0.113.1");
+    for (namespace, device, number) in [(&lab.server, "far", 1), (&far, "near", 2)] {
+        namespace.ip(&format!("address add 203.0.113.{number}/24 dev {device}"));
+        namespace.ip(&format!("address add 2001:db8:2::{number}/64 dev {device} nodad"));
+        namespace.ip(&format!("link set {device} up"));
+    }
+    far.ip("-4 route add default via 203.0.113.1");
+    far.ip("-6 route add default via 2001:db8:2::1");
     let _appliance = lab.appliance(&[]);
-    for method in ["--udp", "--icmp"] {
-        // One probe at a time: a host answers a few at once only (Linux: icmp_ratelimit), whatever their order.
-        let output = text(
-            &lab.host
-                .run(&format!("traceroute {method} -n -N 1 -q 1 -w 5 203.0.113.2"))
-                .stdout,
-        );
-        let hops: Vec<_> = output
-            .lines()
-            .skip(1)
-            .filter_map(|line| line.split_whitespace().nth(1))
-            .collect();
-        assert_eq!(
-            hops,
-            ["198.18.0.1", "10.99.0.2", "203.0.113.2"],
-            "{method}: {output}"
-        );
+    for (target, hops) in [
+        ("203.0.113.2", ["198.18.0.1", "10.99.0.2", "203.0.113.2"]),
+        ("2001:db8:2::2", ["fd74:756e::1", "fd99::2", "2001:db8:2::2"]),
+    ] {
+        for method in ["--udp", "--icmp"] {
+            // One probe at a time: a host answers a few at once only (Linux: icmp_ratelimit), whatever their order.
+            let output = text(
+                &lab.host
+                    .run(&format!("traceroute {method} -n -N 1 -q 1 -w 5 {target}"))
+                    .stdout,
+            );
+            let shown: Vec<_> = output
+                .lines()
+                .skip(1)
+                .filter_map(|line| line.split_whitespace().nth(1))
+                .collect();
+            assert_eq!(shown, hops, "{method}: {output}");
+        }
     }
 }
 

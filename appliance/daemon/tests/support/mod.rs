@@ -2,6 +2,10 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test file uses its own part")]
 
+pub mod caller;
+pub mod packets;
+pub mod peers;
+pub mod programs;
 pub mod web;
 
 use std::fs::File;
@@ -9,7 +13,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, setns};
@@ -325,19 +329,24 @@ impl Log {
         let shared = log.clone();
         std::thread::spawn(move || {
             for line in BufReader::new(stream).lines().map_while(Result::ok) {
-                shared.0.0.lock().unwrap().lines.push(line);
+                shared.lines().lines.push(line);
                 shared.0.1.notify_all();
             }
-            shared.0.0.lock().unwrap().ended = true;
+            shared.lines().ended = true;
             shared.0.1.notify_all();
         });
         log
     }
 
+    fn lines(&self) -> MutexGuard<'_, Lines> {
+        // A test that fails while it looks does no harm to them.
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Waits for a line, and returns the first that fits.
     pub fn wait(&self, fits: impl Fn(&Value) -> bool) -> Value {
         let deadline = Instant::now() + PATIENCE;
-        let mut lines = self.0.0.lock().unwrap();
+        let mut lines = self.lines();
         let mut seen = 0;
         loop {
             for line in &lines.lines[seen..] {
@@ -363,7 +372,7 @@ impl Log {
     }
 
     pub fn all(&self) -> String {
-        self.0.0.lock().unwrap().lines.join("\n")
+        self.lines().lines.join("\n")
     }
 }
 

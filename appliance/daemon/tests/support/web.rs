@@ -23,30 +23,7 @@ impl Web {
     pub fn start(namespace: &Namespace) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().display();
-        let certificate = Command::new("openssl")
-            .args([
-                "req",
-                "-x509",
-                "-newkey",
-                "ec",
-                "-pkeyopt",
-                "ec_paramgen_curve:P-256",
-                "-nodes",
-            ])
-            .args([
-                "-subj",
-                "/CN=example.test",
-                "-days",
-                "2",
-                "-keyout",
-                "key.pem",
-                "-out",
-                "certificate.pem",
-            ])
-            .current_dir(&folder)
-            .output()
-            .unwrap();
-        assert!(certificate.status.success(), "{}", text(&certificate.stderr));
+        certificate(folder.path());
         let configuration = format!(
             "daemon off; master_process off; error_log {path}/errors; pid {path}/pid; user root;\n\
              events {{ worker_connections 4096; }}\n\
@@ -82,12 +59,29 @@ impl Web {
 
     /// Puts a file of `len` bytes there, which repeat nowhere near, and returns its hash.
     pub fn publish(&self, name: &str, len: usize) -> [u8; 32] {
-        let content: Vec<u8> = (0..len as u32)
-            .map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8)
-            .collect();
-        std::fs::write(self.path().join(name), &content).unwrap();
-        Sha256::digest(&content).into()
+        publish(self.path(), name, len)
     }
+}
+
+/// Makes `certificate.pem` and `key.pem` in `folder`.
+pub fn certificate(folder: &Path) {
+    let line = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=example.test -days 2 \
+                -keyout key.pem -out certificate.pem";
+    let made = Command::new("openssl")
+        .args(line.split_whitespace())
+        .current_dir(folder)
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{}", text(&made.stderr));
+}
+
+/// Makes a file of `len` bytes in `folder`, which repeat nowhere near, and returns its hash.
+pub fn publish(folder: &Path, name: &str, len: usize) -> [u8; 32] {
+    let content: Vec<u8> = (0..len as u32)
+        .map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8)
+        .collect();
+    std::fs::write(folder.join(name), &content).unwrap();
+    Sha256::digest(&content).into()
 }
 
 /// The hash of a file.
