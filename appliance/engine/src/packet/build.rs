@@ -6,7 +6,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 
-use super::checksum::{add, nonzero, pseudo_header, sum};
+use super::checksum::{add, fold, nonzero, pseudo_header, sum};
 use super::offload::{UDP_CHECKSUM, put};
 use super::transport::Echo;
 use crate::addr::{FlowId, IngressId};
@@ -345,19 +345,26 @@ pub(crate) fn write_ip_header(
     payload_len: usize,
     fragment: [[u8; 2]; 2],
 ) {
-    header.fill(0);
     match (source, destination) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => {
-            header[0] = 0x45;
-            put(header, 2, &((20 + payload_len) as u16).to_be_bytes());
-            put(header, 4, fragment.as_flattened());
-            put(header, 8, &[HOP_LIMIT, protocol]);
-            put(header, 12, &source.octets());
-            put(header, 16, &destination.octets());
-            let checksum = !sum(header);
+            let [[a, b], [c, d]] = fragment;
+            let total_len = (20 + payload_len) as u16;
+            let words = [
+                0x4500_0000 | u32::from(total_len),
+                u32::from_be_bytes([a, b, c, d]),
+                u32::from_be_bytes([HOP_LIMIT, protocol, 0, 0]),
+                source.to_bits(),
+                destination.to_bits(),
+            ];
+            let checksum = !fold(words.iter().map(|word| u64::from(*word)).sum());
+            let (words_of_header, _) = header.as_chunks_mut::<4>();
+            for (place, word) in words_of_header.iter_mut().zip(words) {
+                *place = word.to_be_bytes();
+            }
             put(header, 10, &checksum.to_be_bytes());
         }
         (IpAddr::V6(source), IpAddr::V6(destination)) => {
+            header.fill(0);
             header[0] = 0x60;
             put(header, 4, &(payload_len as u16).to_be_bytes());
             put(header, 6, &[protocol, HOP_LIMIT]);

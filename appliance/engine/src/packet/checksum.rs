@@ -3,7 +3,7 @@
 //! A *sum* here is the folded ones'-complement sum of big-endian words, which is not yet complemented; a
 //! *checksum* is what stands in a header.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 /// The sum of `bytes`; an odd last byte counts as the high half of a word.
 pub fn sum(bytes: &[u8]) -> u16 {
@@ -43,16 +43,22 @@ pub fn add(first: u16, second: u16) -> u16 {
 ///
 /// If the addresses are of different versions.
 pub fn pseudo_header(source: IpAddr, destination: IpAddr, protocol: u8, len: usize) -> u16 {
+    // Addresses are sums of words already: numbers in network order, whose carries are folded late.
+    let words_of_v6 = |address: Ipv6Addr| {
+        let bits = address.to_bits();
+        [bits >> 96, bits >> 64, bits >> 32, bits].map(|word| u64::from(word as u32))
+    };
     let addresses = match (source, destination) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => {
-            add(sum(&source.octets()), sum(&destination.octets()))
+            u64::from(source.to_bits()) + u64::from(destination.to_bits())
         }
         (IpAddr::V6(source), IpAddr::V6(destination)) => {
-            add(sum(&source.octets()), sum(&destination.octets()))
+            let (source, destination) = (words_of_v6(source), words_of_v6(destination));
+            source.iter().sum::<u64>() + destination.iter().sum::<u64>()
         }
         _ => panic!("a packet has addresses of one version"),
     };
-    add(addresses, pseudo_len(protocol, len))
+    fold(addresses + len as u64 + u64::from(protocol))
 }
 
 /// The part of [`pseudo_header`] that is not addresses.
@@ -73,7 +79,8 @@ pub fn update(checksum: u16, old: u16, new: u16) -> u16 {
     !add(add(!checksum, !old), new)
 }
 
-fn fold(mut sum: u64) -> u16 {
+/// The sum of the 16-bit words that make up `sum`'s summands.
+pub(crate) fn fold(mut sum: u64) -> u16 {
     sum = (sum & 0xffff_ffff) + (sum >> 32);
     sum = (sum & 0xffff_ffff) + (sum >> 32);
     sum = (sum & 0xffff) + (sum >> 16);
@@ -83,7 +90,7 @@ fn fold(mut sum: u64) -> u16 {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{Ipv4Addr, Ipv6Addr};
+    use std::net::Ipv4Addr;
 
     use proptest::prelude::*;
 
