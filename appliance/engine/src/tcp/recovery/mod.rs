@@ -335,6 +335,13 @@ impl Recovery {
 
     /// When to call [`Recovery::on_timer`], once [`Recovery::next_transmit`] has nothing to give.
     pub fn deadline(&self) -> Option<Timestamp> {
+        if self.is_clear() {
+            // What the others wait for is on its way.
+            return [self.timers.persist, self.timers.pace]
+                .into_iter()
+                .flatten()
+                .min();
+        }
         let Timers {
             reorder,
             probe,
@@ -396,6 +403,10 @@ impl Recovery {
             return Err(Unacceptable);
         }
         let window_changed = self.update_window(ack);
+        // A client that sends says so with every segment: nothing was on its way, and nothing is.
+        if self.is_clear() && blocks.is_empty() && self.phase == Phase::Open && self.tail_probe.is_none() {
+            return Ok(0);
+        }
         let in_flight_before = self.in_flight();
         let mut delivered = Delivered::default();
         let freed = ack.acknowledged.saturating_sub(before);
@@ -782,7 +793,7 @@ impl Recovery {
 
     /// After an ACK or a timer: what is waited for. `progress`: the client has told something new.
     fn set_timers(&mut self, now: Timestamp, progress: bool) {
-        if self.board.acknowledged() == self.board.sent() {
+        if self.is_clear() {
             self.timers.timeout = None;
             self.timers.probe = None;
             self.timers.reorder = None;
@@ -930,7 +941,12 @@ impl Recovery {
             self.timers.pace = Some(self.paced_until);
             return None;
         }
-        let most = self.packet_size(pacing_rate);
+        let has_bytes = self.board.lost() > 0 || queued_end > self.board.sent();
+        let most = if has_bytes {
+            self.packet_size(pacing_rate)
+        } else {
+            0
+        };
         let is_checking = matches!(
             self.phase,
             Phase::Timeout {
@@ -958,6 +974,11 @@ impl Recovery {
                 quantum.clamp((2 * segment).min(limit), limit)
             }
         }
+    }
+
+    /// Whether all that was sent is acknowledged.
+    fn is_clear(&self) -> bool {
+        self.board.acknowledged() == self.board.sent()
     }
 
     fn in_flight(&self) -> u64 {
@@ -1065,7 +1086,7 @@ impl Recovery {
         self.timeout_due = false;
         let segment = u64::from(self.segment);
         let sent = self.board.sent();
-        let is_clear = self.board.acknowledged() == sent;
+        let is_clear = self.is_clear();
         let available = self.queued - sent;
         if available == 0 {
             self.timers.persist = None;
