@@ -445,8 +445,8 @@ impl TcpClient {
             return; // a segment of an older connection that was long under way
         };
         let end = start + segment.payload.len() as u64;
-        // smoltcp's fast retransmission passes over a window smaller than a segment, and counts what it has sent (0.14.0,
-        // `dispatch`); receivers cut it off. One byte more is a probe of a closed window.
+        // A retransmission passes over a window that has become smaller than a segment; receivers cut it off. One byte
+        // more is a probe of a closed window.
         assert!(
             end <= self.offered + size as u64 + 1,
             "{self}: bytes {start}..{end} sent, and the window reached to {}",

@@ -57,8 +57,6 @@ pub struct Engine {
     reassembler: Reassembler,
     /// Counts up through the identification fields of datagrams for clients.
     identification: u32,
-    /// Segments rewritten for a stack.
-    scratch: Vec<u8>,
     /// The packet last made whole from fragments.
     whole: Vec<u8>,
     counters: Counters,
@@ -92,7 +90,6 @@ impl Engine {
                 config.timeouts.reassembly,
             ),
             identification: rng.next_u32(),
-            scratch: Vec::new(),
             whole: Vec::new(),
             counters: Counters::default(),
             names: Names::new(config.limits.names),

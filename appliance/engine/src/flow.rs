@@ -165,14 +165,21 @@ impl KeyHasher {
         hasher.finish()
     }
 
-    /// A number that nobody without the secret can tell, for the connection made at `nanos`
+    /// An initial sequence number that nobody without the secret can tell, for the connection made at `nanos`
     /// (RFC 6528: a keyed hash of the 4-tuple, and time).
-    pub(crate) fn sequence_seed(&self, client: SocketAddr, target: SocketAddr, nanos: u64) -> u64 {
+    pub(crate) fn initial_sequence(&self, client: SocketAddr, target: SocketAddr, nanos: u64) -> u32 {
         let mut hasher = SipHasher13::new_with_keys(self.numbers.0, self.numbers.1);
         hash_endpoint(&mut hasher, client.ip(), client.port());
         hash_endpoint(&mut hasher, target.ip(), target.port());
         hasher.write_u64(nanos);
-        hasher.finish()
+        // Two steps of sPCG32 behind the hash add nothing to it, but transcripts and shipped captures have these numbers.
+        let step = |state: u64| {
+            state
+                .wrapping_mul(0xbb2e_fcec_3c39_611d)
+                .wrapping_add(0x7590_ef39)
+        };
+        let state = step(step(hasher.finish()));
+        (state >> (29 - (state >> 61))) as u32
     }
 }
 

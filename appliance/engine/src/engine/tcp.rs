@@ -52,10 +52,9 @@ impl Engine {
                     config: &self.config,
                     hasher: &self.hasher,
                     arena: &mut self.arena,
-                    scratch: &mut self.scratch,
                     world,
                 };
-                let dropped = flow.handle_segment(id, view, segment, &mut cx);
+                let dropped = flow.handle_segment(id, segment, &mut cx);
                 mark_dirty(&mut self.dirty, id, flow);
                 return match dropped {
                     None => Judgement {
@@ -200,7 +199,6 @@ impl Engine {
                     config: &self.config,
                     hasher: &self.hasher,
                     arena: &mut self.arena,
-                    scratch: &mut self.scratch,
                     world,
                 };
                 if flow.handle_connected(id, self.tcp_flows, &mut cx) {
@@ -276,7 +274,6 @@ impl Engine {
             config: &self.config,
             hasher: &self.hasher,
             arena: &mut self.arena,
-            scratch: &mut self.scratch,
             world,
         };
         match flow.take_turn(id, &mut cx) {
@@ -320,7 +317,6 @@ impl Engine {
             config: &self.config,
             hasher: &self.hasher,
             arena: &mut self.arena,
-            scratch: &mut self.scratch,
             world,
         };
         flow.abort(silent, &mut cx);

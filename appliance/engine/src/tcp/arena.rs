@@ -5,13 +5,12 @@
 //! (Smaller allocations would not do: the C allocator hands out dirty memory and clears it, 20 to 110 µs a flow.)
 //! Freed buffers are used again last in, first out, so resident memory follows the peak of bytes in flight.
 //!
-//! The only `unsafe` code of the engine is here: smoltcp's sockets want `&'static mut` buffers.
+//! The only `unsafe` code of the engine is here.
 
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use smoltcp::iface::{SocketHandle, SocketSet, SocketStorage};
-use smoltcp::socket::tcp::{Socket, SocketBuffer};
+use super::ring::Ring;
 
 /// Sizes of buffers, in bytes.
 pub(crate) const CLASSES: [usize; 5] = [16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20];
@@ -78,12 +77,12 @@ pub(crate) struct Buffer {
 }
 
 impl Buffer {
-    fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         CLASSES[usize::from(self.class)]
     }
 
     /// The pages it lies in, which are its own.
-    fn pages(&self) -> NonNull<[u8]> {
+    pub(super) fn pages(&self) -> NonNull<[u8]> {
         let place = (self.offset - self.region.first_page()) / PAGE * PAGE + self.region.first_page();
         // SAFETY: `Arena::take` has cut the place of this buffer, from a page's boundary on, out of the region.
         let start = unsafe { NonNull::new_unchecked(self.region.0.cast::<u8>().add(place)) };
@@ -91,7 +90,7 @@ impl Buffer {
     }
 
     /// The memory.
-    fn bytes(&self) -> &[u8] {
+    pub(super) fn bytes(&self) -> &[u8] {
         // SAFETY: `Arena::take` cut `offset..offset + len` out of the region for this buffer alone, and the region
         // lives as long as the buffer holds it.
         unsafe {
@@ -101,19 +100,8 @@ impl Buffer {
     }
 
     /// The memory, to write to.
-    fn bytes_mut(&mut self) -> &mut [u8] {
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above; nobody else has the buffer.
-        unsafe { self.lend() }
-    }
-
-    /// Lends the memory for as long as nobody else may.
-    ///
-    /// # Safety
-    ///
-    /// The slice must be gone before the buffer is dropped, given back or asked again.
-    unsafe fn lend(&mut self) -> &'static mut [u8] {
-        // SAFETY: `Arena::take` cut `offset..offset + len` out of the region for this buffer alone, the region lives
-        // as long as the buffer holds it, and the caller keeps the slice from outliving the buffer.
         unsafe {
             let start = self.region.0.cast::<u8>().add(self.offset);
             std::slice::from_raw_parts_mut(start, self.len())
@@ -131,8 +119,9 @@ impl Arena {
     }
 
     /// Takes buffers of the largest classes that are neither above the bytes wanted for each direction nor above what
-    /// the budget has left, and builds a socket on one and a ring on the other. `None` when not even the smallest fit.
-    pub(crate) fn buffers(&mut self, receive: usize, send: usize) -> Option<(Sockets, SendRing)> {
+    /// the budget has left, and builds rings on them: to receive into and to send from. `None` when not even the
+    /// smallest fit.
+    pub(crate) fn rings(&mut self, receive: usize, send: usize) -> Option<(Ring, Ring)> {
         let left = self.budget - self.used;
         let largest = |wanted: usize, left: u64| {
             let fits = |&class: &usize| CLASSES[class] <= wanted && CLASSES[class] as u64 <= left;
@@ -141,21 +130,13 @@ impl Arena {
         let receive = largest(receive, left / 2)?;
         let send = largest(send, left - CLASSES[receive] as u64)?;
         self.used += (CLASSES[receive] + CLASSES[send]) as u64;
-        let sockets = Sockets::new(self.take(receive), self.take(receive));
-        Some((sockets, SendRing::new(self.take(send))))
+        Some((Ring::new(self.take(receive)), Ring::new(self.take(send))))
     }
 
     /// Takes a flow's buffers back.
-    pub(crate) fn give_back(&mut self, (sockets, ring): (Sockets, SendRing)) {
-        let Sockets {
-            set,
-            handle: _,
-            receive,
-            shadow,
-        } = sockets;
-        drop(set);
-        self.used -= (receive.len() + ring.buffer.len()) as u64;
-        for buffer in [receive, shadow, ring.buffer] {
+    pub(crate) fn give_back(&mut self, (receive, send): (Ring, Ring)) {
+        for buffer in [receive, send].map(Ring::into_buffer) {
+            self.used -= buffer.len() as u64;
             self.classes[usize::from(buffer.class)].free.push(buffer);
         }
     }
@@ -196,150 +177,6 @@ impl Arena {
     }
 }
 
-/// A set of exactly one TCP socket, and the buffers that it stands on.
-///
-/// The socket sends no data: what stands in for its send buffer is counted in and never touched, so it is address space
-/// alone, and in no budget.
-#[derive(Debug)]
-pub(crate) struct Sockets {
-    // Dropped before the buffers: fields are dropped in order.
-    set: SocketSet<'static>,
-    handle: SocketHandle,
-    receive: Buffer,
-    shadow: Buffer,
-}
-
-impl Sockets {
-    fn new(mut receive: Buffer, mut shadow: Buffer) -> Self {
-        // SAFETY: the slices live in the socket, the socket in `set`, and `set` is dropped before the buffers, both
-        // here (field order) and in `Arena::give_back`. Neither the socket nor its buffers ever leave the set.
-        let (receive_bytes, shadow_bytes) = unsafe { (receive.lend(), shadow.lend()) };
-        let socket = Socket::new(SocketBuffer::new(receive_bytes), SocketBuffer::new(shadow_bytes));
-        let mut set = SocketSet::new(vec![SocketStorage::EMPTY]);
-        let handle = set.add(socket);
-        Self {
-            set,
-            handle,
-            receive,
-            shadow,
-        }
-    }
-
-    pub(crate) fn set(&mut self) -> &mut SocketSet<'static> {
-        &mut self.set
-    }
-
-    pub(crate) fn socket(&self) -> &Socket<'static> {
-        self.set.get(self.handle)
-    }
-
-    pub(crate) fn socket_mut(&mut self) -> &mut Socket<'static> {
-        self.set.get_mut(self.handle)
-    }
-
-    /// The pages of the receive buffer; what stands in for the other has none.
-    pub(crate) fn pages(&self) -> NonNull<[u8]> {
-        self.receive.pages()
-    }
-
-    /// Capacity of the receive buffer in bytes.
-    pub(crate) fn capacity(&self) -> usize {
-        self.receive.len()
-    }
-}
-
-/// Bytes on their way to a client: from the first not acknowledged to the last given.
-///
-/// It begins with a small part of its memory and grows with the window that is made use of, so that a slow flow touches
-/// no more of it.
-#[derive(Debug)]
-pub(crate) struct SendRing {
-    buffer: Buffer,
-    /// How much of the memory is in use: positions wrap there.
-    limit: usize,
-    start: usize,
-    len: usize,
-}
-
-impl SendRing {
-    fn new(buffer: Buffer) -> Self {
-        Self {
-            limit: buffer.len(),
-            buffer,
-            start: 0,
-            len: 0,
-        }
-    }
-
-    /// Uses only the first `bytes` until [`SendRing::grow`].
-    pub(super) fn begin_with(&mut self, bytes: usize) {
-        debug_assert!(self.len == 0);
-        self.limit = bytes.min(self.buffer.len());
-    }
-
-    /// Makes use of up to `bytes`, if there is so much, as soon as nothing wraps.
-    pub(super) fn grow(&mut self, bytes: usize) {
-        if bytes > self.limit && self.start + self.len <= self.limit {
-            self.limit = bytes.min(self.buffer.len());
-        }
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.len
-    }
-
-    /// What it holds at most.
-    pub(super) fn limit(&self) -> usize {
-        self.limit
-    }
-
-    /// Lends contiguous room; `fill` says how many bytes it has filled.
-    pub(super) fn write(&mut self, fill: impl FnOnce(&mut [u8]) -> usize) -> usize {
-        let end = self.start + self.len;
-        let room = if end < self.limit {
-            end..self.limit
-        } else {
-            end - self.limit..self.start
-        };
-        let space = &mut self.buffer.bytes_mut()[room];
-        let filled = fill(space).min(space.len());
-        self.len += filled;
-        filled
-    }
-
-    /// The bytes `from..to`, counted from the first: in one piece or two.
-    pub(super) fn get(&self, from: usize, to: usize) -> (&[u8], &[u8]) {
-        assert!(from <= to && to <= self.len, "asked for what it holds");
-        let bytes = self.buffer.bytes();
-        let (from, to) = (self.start + from, self.start + to);
-        if to <= self.limit {
-            (&bytes[from..to], &[])
-        } else if from >= self.limit {
-            (&bytes[from - self.limit..to - self.limit], &[])
-        } else {
-            (&bytes[from..self.limit], &bytes[..to - self.limit])
-        }
-    }
-
-    /// Its pages.
-    pub(super) fn pages(&self) -> NonNull<[u8]> {
-        self.buffer.pages()
-    }
-
-    /// Forgets the first `bytes`.
-    pub(super) fn release(&mut self, bytes: usize) {
-        assert!(bytes <= self.len, "forgets what it holds");
-        self.len -= bytes;
-        self.start += bytes;
-        if self.start >= self.limit {
-            self.start -= self.limit;
-        }
-        if self.len == 0 {
-            self.start = 0; // the first pages serve again
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -349,13 +186,13 @@ mod tests {
         let mut arena = Arena::new(1 << 40);
         let take = |arena: &mut Arena| -> Vec<_> {
             (0..5000)
-                .map(|_| arena.buffers(16 << 10, 64 << 10).expect("in budget"))
+                .map(|_| arena.rings(16 << 10, 64 << 10).expect("in budget"))
                 .collect()
         };
-        let ranges_of = |flows: &[(Sockets, SendRing)]| {
+        let ranges_of = |flows: &[(Ring, Ring)]| {
             let buffers = flows
                 .iter()
-                .flat_map(|(sockets, ring)| [&sockets.receive, &sockets.shadow, &ring.buffer]);
+                .flat_map(|(receive, send)| [receive.buffer(), send.buffer()]);
             let mut ranges: Vec<_> = buffers
                 .map(|buffer| (buffer.region.0.cast::<u8>().addr() + buffer.offset, buffer.len()))
                 .collect();
@@ -367,7 +204,7 @@ mod tests {
         assert!(ranges.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0));
         let mut pages: Vec<_> = flows
             .iter()
-            .flat_map(|(sockets, ring)| [&sockets.receive, &sockets.shadow, &ring.buffer])
+            .flat_map(|(receive, send)| [receive.buffer(), send.buffer()])
             .map(|buffer| {
                 let pages = buffer.pages();
                 let (start, end) = (pages.addr().get(), pages.addr().get() + pages.len());
@@ -395,43 +232,12 @@ mod tests {
     #[test]
     fn a_tight_budget_gives_smaller_buffers_and_then_none() {
         let mut arena = Arena::new(2 * (64 << 10) + 2 * (16 << 10));
-        let first = arena.buffers(1 << 20, 64 << 10).expect("in budget");
-        assert_eq!((first.0.capacity(), first.1.limit()), (64 << 10, 64 << 10));
-        let second = arena.buffers(1 << 20, 1 << 20).expect("in budget");
-        assert_eq!((second.0.capacity(), second.1.limit()), (16 << 10, 16 << 10));
-        assert!(arena.buffers(1 << 20, 1 << 20).is_none());
+        let first = arena.rings(1 << 20, 64 << 10).expect("in budget");
+        assert_eq!((first.0.limit(), first.1.limit()), (64 << 10, 64 << 10));
+        let second = arena.rings(1 << 20, 1 << 20).expect("in budget");
+        assert_eq!((second.0.limit(), second.1.limit()), (16 << 10, 16 << 10));
+        assert!(arena.rings(1 << 20, 1 << 20).is_none());
         arena.give_back(first);
-        assert!(arena.buffers(1 << 20, 1 << 20).is_some());
-    }
-
-    #[test]
-    fn a_ring_gives_back_what_it_was_given_while_it_grows() {
-        let mut arena = Arena::new(1 << 40);
-        let (_, mut ring) = arena.buffers(16 << 10, 64 << 10).expect("in budget");
-        ring.begin_with(100);
-        let (mut written, mut read) = (0_u64, 0_u64);
-        for step in 0..10_000_u64 {
-            let wanted = (step * 7 % 90) as usize;
-            ring.write(|space| {
-                let fits = wanted.min(space.len());
-                for byte in &mut space[..fits] {
-                    *byte = written as u8;
-                    written += 1;
-                }
-                fits
-            });
-            assert!(ring.len() <= ring.limit());
-            if step >= 5_000 {
-                ring.grow(1_000);
-            }
-            let taken = (step * 5 % 80) as usize % (ring.len() + 1);
-            let (first, second) = ring.get(0, taken);
-            for byte in first.iter().chain(second) {
-                assert_eq!(*byte, read as u8);
-                read += 1;
-            }
-            ring.release(taken);
-        }
-        assert!(ring.limit() == 1_000 && read > 100_000);
+        assert!(arena.rings(1 << 20, 1 << 20).is_some());
     }
 }

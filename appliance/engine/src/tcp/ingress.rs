@@ -2,18 +2,17 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use super::segment::{self, Control};
-use super::{CHALLENGE_INTERVAL, Context, Phase, TIME_WAIT, TcpFlow, distance, next_expected, recovery};
+use super::segment::Control;
+use super::{CHALLENGE_INTERVAL, Context, Phase, TIME_WAIT, TcpFlow, distance, recovery};
 use crate::addr::FlowId;
 use crate::event::{CloseReason, DropReason};
-use crate::packet::{PacketView, TcpFlags, TcpView};
+use crate::packet::{TcpFlags, TcpView};
 
 impl TcpFlow {
     /// Takes a segment of this flow. Returns why it was dropped, if it was.
     pub(crate) fn handle_segment(
         &mut self,
         id: FlowId,
-        packet: &PacketView<'_>,
         segment: &TcpView<'_>,
         cx: &mut Context<'_>,
     ) -> Option<DropReason> {
@@ -33,13 +32,20 @@ impl TcpFlow {
                 }
                 if segment.sequence_len() > 0 || segment.sequence != *acknowledgment {
                     *until = cx.now + TIME_WAIT;
-                    let ack = (*sequence, *acknowledgment, *window);
-                    self.send_ack(ack, None, cx);
+                    let ack = Control {
+                        source: self.target,
+                        destination: self.client,
+                        flags: TcpFlags::ACK,
+                        sequence: *sequence,
+                        acknowledgment: *acknowledgment,
+                        window: *window,
+                    };
+                    ack.send(self.ingress, None, cx.world);
                 }
                 None
             }
             Phase::Reset(_) | Phase::Ended(_) => Some(DropReason::NoFlow),
-            Phase::Live(_) => self.handle_while_live(id, packet, segment, cx),
+            Phase::Live(_) => self.handle_while_live(id, segment, cx),
         }
     }
 
@@ -66,28 +72,18 @@ impl TcpFlow {
     fn handle_while_live(
         &mut self,
         id: FlowId,
-        packet: &PacketView<'_>,
         segment: &TcpView<'_>,
         cx: &mut Context<'_>,
     ) -> Option<DropReason> {
         let Phase::Live(stack) = &mut self.phase else {
             unreachable!("asked of a live flow")
         };
-        let expected = next_expected(&self.syn, self.consumed, stack);
-        let limit = self
-            .syn
-            .sequence
-            .wrapping_add(1)
-            .wrapping_add((self.consumed + stack.capacity() as u64) as u32);
+        let (expected, limit) = (stack.expected(), stack.limit());
         let flags = segment.flags;
-        if let Some(sent) = stack.sent()
-            && stack.is_finished()
-            && !flags.syn()
-        {
+        if stack.is_finished() && !flags.syn() {
             // As in TIME-WAIT: a reset changes nothing any more (RFC 1337), and what is repeated has missed our ACK.
             if segment.sequence_len() > 0 && !flags.rst() {
-                let ack = (sent, expected, stack.window_field());
-                self.send_ack(ack, Some(id), cx);
+                stack.send_ack(cx.world);
             }
             return None;
         }
@@ -98,7 +94,7 @@ impl TcpFlow {
             }
             let in_window = distance(expected, segment.sequence) > 0 && distance(segment.sequence, limit) > 0;
             if in_window {
-                self.send_challenge_ack(id, cx);
+                self.send_challenge_ack(cx);
             }
             return Some(DropReason::TcpWindow);
         }
@@ -107,7 +103,7 @@ impl TcpFlow {
                 Control::reset_for(self.client, self.target, segment).send(self.ingress, None, cx.world);
                 return Some(DropReason::SplitHandshake);
             }
-            self.send_challenge_ack(id, cx);
+            self.send_challenge_ack(cx);
             return None;
         }
         let Some(sent) = stack.sent() else {
@@ -115,7 +111,7 @@ impl TcpFlow {
         };
         if flags.ack() && distance(sent, segment.acknowledgment) > 0 {
             if self.established {
-                self.send_challenge_ack(id, cx);
+                self.send_challenge_ack(cx);
             } else {
                 Control::reset_for(self.client, self.target, segment).send(self.ingress, None, cx.world);
             }
@@ -131,48 +127,36 @@ impl TcpFlow {
                 .filter(|keep| *keep > 0)
             else {
                 // Wholly beyond the buffer: a window probe, or a peer that ignores the window.
-                let ack = (sent, expected, stack.window_field());
-                self.send_ack(ack, Some(id), cx);
+                stack.send_ack(cx.world);
                 return Some(DropReason::TcpWindow);
             };
             Some(keep)
         } else {
             None
         };
-        if distance(self.client_end, end) > 0 {
-            self.client_end = end;
-        }
         // What is far from the window says nothing reliable about what we have sent (RFC 9293, section 3.10.7.4).
         let is_near =
             distance(segment.sequence, limit) >= 0 && distance(expected, end) >= -(stack.capacity() as i32);
         let received = stack.receive_queue();
         let had_fin = stack.has_client_fin();
         let was_finished = stack.is_finished();
-        let (now, world, scratch) = (cx.now, &mut *cx.world, &mut *cx.scratch);
+        let (now, world) = (cx.now, &mut *cx.world);
         let taking = catch_unwind(AssertUnwindSafe(|| {
             if is_near && flags.ack() {
-                stack.on_acknowledgment(now, segment, expected, world)?;
+                stack.on_acknowledgment(now, segment)?;
             }
-            // A pure ACK in its place has nothing to say to smoltcp.
-            if stack.is_open() && segment.sequence_len() == 0 && segment.sequence == expected {
-                return Ok(());
+            // A pure ACK in its place has nothing more to say.
+            if !stack.is_open() || segment.sequence_len() > 0 || segment.sequence != expected {
+                let bytes = &segment.payload[..keep.unwrap_or(segment.payload.len())];
+                let fin = flags.fin() && keep.is_none();
+                stack.on_segment(now, segment, bytes, fin, world);
             }
-            let acknowledgment = stack.acknowledgment_for_shadow(segment.acknowledgment);
-            let has_extension_headers = packet.is_ipv6() && packet.transport_offset() != 40;
-            let bytes = if keep.is_some() || has_extension_headers || acknowledgment.is_some() {
-                let transport = packet.transport_offset();
-                segment::rewrite(packet.bytes(), transport, keep, acknowledgment, scratch);
-                scratch.as_slice()
-            } else {
-                packet.bytes()
-            };
-            stack.on_segment(now, segment, bytes, expected, world);
             Ok(())
         }));
         match taking {
             Ok(Ok(())) => {}
             Ok(Err(recovery::Unacceptable)) => {
-                self.send_challenge_ack(id, cx);
+                self.send_challenge_ack(cx);
                 return Some(DropReason::TcpWindow);
             }
             Err(_) => {
@@ -183,14 +167,9 @@ impl TcpFlow {
         if stack.receive_queue() != received || stack.has_client_fin() != had_fin {
             self.last_byte = cx.now;
         }
-        if stack.is_finished() && !was_finished {
-            let expected = next_expected(&self.syn, self.consumed, stack);
-            let sent = stack.sent().unwrap_or(sent);
-            if stack.owes_ack(expected) {
-                // The stack would send it in its turn, but it gets none any more.
-                let ack = (sent, expected, stack.window_field());
-                self.send_ack(ack, Some(id), cx);
-            }
+        if stack.is_finished() && !was_finished && stack.owes_ack() {
+            // It would go in the flow's turn, but the flow gets none any more.
+            stack.send_ack(cx.world);
         }
         self.tell(id, cx);
         keep.map(|_| DropReason::TcpWindow)
@@ -207,7 +186,7 @@ impl TcpFlow {
     /// The stack has panicked: nothing of it is used again but its buffers.
     pub(super) fn break_down(&mut self, cx: &mut Context<'_>) {
         if let Phase::Live(stack) = self.take_phase() {
-            cx.arena.give_back(stack.into_buffers());
+            cx.arena.give_back(stack.into_rings());
         }
     }
 
@@ -218,35 +197,12 @@ impl TcpFlow {
 
     // ---- segments of our own -----------------------------------------------------------------------------------
 
-    fn send_challenge_ack(&mut self, id: FlowId, cx: &mut Context<'_>) {
+    fn send_challenge_ack(&mut self, cx: &mut Context<'_>) {
         let Phase::Live(stack) = &self.phase else { return };
-        let Some(sent) = stack.sent() else { return };
-        if cx.now < self.challenge_at {
+        if stack.sent().is_none() || cx.now < self.challenge_at {
             return;
         }
         self.challenge_at = cx.now + CHALLENGE_INTERVAL;
-        let ack = (
-            sent,
-            next_expected(&self.syn, self.consumed, stack),
-            stack.window_field(),
-        );
-        self.send_ack(ack, Some(id), cx);
-    }
-
-    fn send_ack(
-        &self,
-        (sequence, acknowledgment, window): (u32, u32, u16),
-        flow: Option<FlowId>,
-        cx: &mut Context<'_>,
-    ) {
-        Control {
-            source: self.target,
-            destination: self.client,
-            flags: TcpFlags::ACK,
-            sequence,
-            acknowledgment,
-            window,
-        }
-        .send(self.ingress, flow, cx.world);
+        stack.send_ack(cx.world);
     }
 }

@@ -11,11 +11,9 @@
 //! a [`Stack`] of its own. Half-closes are carried both ways: the client's FIN becomes [`UpstreamCommand::CloseWrite`]
 //! once all bytes before it have been read, the upstream's FIN becomes one to the client behind all bytes given.
 //!
-//! Segments that would hurt the stack never reach it:
+//! Segments are judged before the stack sees them:
 //!
-//! - One that ends beyond the receive buffer is cut there. The stack checks segments against the window it announced,
-//!   shifted by its scale, but the window of a SYN-ACK is not scaled: until its first later ACK it believes it has
-//!   announced up to 2^14 times as much, and panics when that much arrives (smoltcp 0.14.0, `enqueue_unallocated`).
+//! - One that ends beyond the receive buffer is cut there.
 //! - One that acknowledges what was never sent is answered by an ACK (RFC 9293, section 3.10.7.4), as is one that
 //!   acknowledges what was acknowledged long ago (RFC 5961, section 5.2).
 //! - A reset counts when its sequence number is exactly the next one expected; elsewhere in the window it is answered by
@@ -28,8 +26,11 @@
 //! something unacknowledged. TIME-WAIT needs no stack: the flow remembers two sequence numbers for ten seconds.
 
 pub(crate) mod arena;
+mod gaps;
 mod ingress;
+mod receive;
 pub mod recovery;
+mod ring;
 pub(crate) mod segment;
 mod send;
 mod stack;
@@ -41,7 +42,7 @@ use std::time::Duration;
 
 use self::arena::Arena;
 use self::segment::{Control, Syn, SynPacket};
-use self::stack::{Link, Setup, Stack};
+use self::stack::{Setup, Stack};
 use crate::addr::{FlowId, IngressId};
 use crate::config::{Clients, Config};
 use crate::dns::Conversation;
@@ -111,12 +112,8 @@ pub(crate) struct TcpFlow {
     outstanding_since: Timestamp,
     /// When a challenge ACK may be sent again.
     challenge_at: Timestamp,
-    /// One past the highest sequence number of the client's bytes that the stack was given.
-    client_end: u32,
     /// When bytes had last moved as the buffers' memory was offered to the system.
     vacated: Option<Timestamp>,
-    /// Bytes of the client that have left the receive buffer.
-    consumed: u64,
     /// Bytes put into the send buffer.
     accepted: u64,
     relay: Relay,
@@ -162,7 +159,6 @@ pub(crate) struct Context<'a> {
     pub(crate) config: &'a Config,
     pub(crate) hasher: &'a KeyHasher,
     pub(crate) arena: &'a mut Arena,
-    pub(crate) scratch: &'a mut Vec<u8>,
     pub(crate) world: &'a mut dyn World,
 }
 
@@ -209,9 +205,7 @@ impl TcpFlow {
             last_byte: now,
             outstanding_since: now,
             challenge_at: Timestamp::ZERO,
-            client_end: syn.sequence.wrapping_add(1),
             vacated: None,
-            consumed: 0,
             accepted: 0,
             relay: Relay::inspected_by(|| Box::new(NameWatcher::new())),
             conversation: None,
@@ -311,7 +305,7 @@ impl TcpFlow {
     /// Gives the stack's buffers back, if there are any.
     pub(crate) fn release(self, arena: &mut Arena) {
         match self.phase {
-            Phase::Live(stack) | Phase::Reset(stack) => arena.give_back(stack.into_buffers()),
+            Phase::Live(stack) | Phase::Reset(stack) => arena.give_back(stack.into_rings()),
             Phase::Connecting | Phase::TimeWait { .. } | Phase::Ended(_) => {}
         }
     }
@@ -334,7 +328,7 @@ impl TcpFlow {
             // A path that is long or loses keeps more on its way; what is not needed is not touched.
             Clients::Routed => (4 * receive).min(SEND_BUFFER_MAX),
         };
-        let Some(buffers) = cx.arena.buffers(receive, send) else {
+        let Some(rings) = cx.arena.rings(receive, send) else {
             return false;
         };
         let header_len = ip_header_len(self.client.ip()) as u16;
@@ -344,21 +338,20 @@ impl TcpFlow {
             .max_segment_size
             .unwrap_or(SEGMENT_SIZE_DEFAULT)
             .max(SEGMENT_SIZE_MIN);
-        let segment_size = client_mss.min(largest);
-        let link = Link::new((self.ingress, id), header_len, segment_size, largest);
         let setup = Setup {
-            congestion: cx.config.congestion.unwrap_or(cx.config.clients.congestion()),
-            seed: cx
-                .hasher
-                .sequence_seed(self.client, self.target, cx.now.as_nanos()),
+            ingress: self.ingress,
+            flow: id,
             client: self.client,
             target: self.target,
-            syn: Syn {
-                max_segment_size: Some(segment_size),
-                ..self.syn
-            },
+            syn: self.syn,
+            isn: cx
+                .hasher
+                .initial_sequence(self.client, self.target, cx.now.as_nanos()),
+            segment_size: client_mss.min(largest),
+            announced_mss: largest,
+            congestion: cx.config.congestion.unwrap_or(cx.config.clients.congestion()),
         };
-        let stack = Stack::new(buffers, link, &setup, cx.now, cx.world);
+        let stack = Stack::new(rings, setup, cx.now);
         self.phase = Phase::Live(Box::new(stack));
         self.since = cx.now;
         self.last_byte = cx.now;
@@ -387,8 +380,7 @@ impl TcpFlow {
             return;
         }
         let (now, world) = (cx.now, &mut *cx.world);
-        let expected = next_expected(&self.syn, self.consumed, stack);
-        let sending = catch_unwind(AssertUnwindSafe(|| stack.abort(now, expected, world)));
+        let sending = catch_unwind(AssertUnwindSafe(|| stack.abort(now, world)));
         if sending.is_err() {
             self.break_down(cx);
         }
@@ -446,19 +438,18 @@ impl TcpFlow {
             self.readable_told = false;
             return 0;
         }
-        let is_last = stack.has_client_fin() || stack.window() == 0;
+        let is_last = stack.has_client_fin() || stack.is_full();
         let relay = &mut self.relay;
         let queue = stack.receive_queue();
         let mut taken = 0;
         if queue == 0 {
             taken = relay.lend(&[], is_last, take).1;
         } else {
-            let done = stack.read(|bytes| {
+            stack.read(|bytes| {
                 let (done, given) = relay.lend(bytes, is_last || bytes.len() < queue, take);
                 taken = given;
                 done
             });
-            self.consumed += done as u64;
         }
         if taken > 0 {
             self.last_byte = now;
@@ -493,10 +484,4 @@ impl TcpFlow {
 /// How far `to` lies ahead of `from` (RFC 1982); negative if behind.
 fn distance(from: u32, to: u32) -> i32 {
     to.wrapping_sub(from) as i32
-}
-
-/// The sequence number expected next from the client: RCV.NXT.
-fn next_expected(syn: &Syn, consumed: u64, stack: &Stack) -> u32 {
-    let received = consumed + stack.receive_queue() as u64 + u64::from(stack.has_client_fin());
-    syn.sequence.wrapping_add(1).wrapping_add(received as u32)
 }

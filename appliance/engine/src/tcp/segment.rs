@@ -1,4 +1,4 @@
-//! TCP segments that the engine writes itself: RST, ACK, and the SYN as it is fed to a flow's stack.
+//! TCP segments as the engine writes them, and what it keeps of a SYN.
 
 use std::net::SocketAddr;
 
@@ -12,8 +12,6 @@ pub(super) const TCP_HEADER_LEN: usize = 20;
 /// Where the checksum is in a TCP header.
 pub(super) const TCP_CHECKSUM_OFFSET: u16 = 16;
 
-const IPV4_HEADER_LEN: usize = 20;
-const IPV6_HEADER_LEN: usize = 40;
 const PROTOCOL_TCP: u8 = 6;
 
 /// Identification 0, which goes with the flag: such packets are never in pieces (RFC 6864).
@@ -70,18 +68,24 @@ impl Control {
         let (ip, tcp) = packet.split_at_mut(ip_header_len(source));
         let tcp_len = tcp.len();
         write_ip_header(ip, source, destination, PROTOCOL_TCP, tcp_len, DONT_FRAGMENT);
-        tcp[0..2].copy_from_slice(&self.source.port().to_be_bytes());
-        tcp[2..4].copy_from_slice(&self.destination.port().to_be_bytes());
-        tcp[4..8].copy_from_slice(&self.sequence.to_be_bytes());
-        tcp[8..12].copy_from_slice(&self.acknowledgment.to_be_bytes());
-        tcp[12] = (((TCP_HEADER_LEN + options.len()) / 4) << 4) as u8;
-        tcp[13] = self.flags;
-        tcp[14..16].copy_from_slice(&self.window.to_be_bytes());
+        let (header, rest) = tcp
+            .split_first_chunk_mut::<TCP_HEADER_LEN>()
+            .expect("there is room for a header");
+        header[0..2].copy_from_slice(&self.source.port().to_be_bytes());
+        header[2..4].copy_from_slice(&self.destination.port().to_be_bytes());
+        header[4..8].copy_from_slice(&self.sequence.to_be_bytes());
+        header[8..12].copy_from_slice(&self.acknowledgment.to_be_bytes());
+        header[12] = (((TCP_HEADER_LEN + options.len()) / 4) << 4) as u8;
+        header[13] = self.flags;
+        header[14..16].copy_from_slice(&self.window.to_be_bytes());
         let sum = checksum::pseudo_header(source, destination, PROTOCOL_TCP, tcp_len);
-        tcp[16..18].copy_from_slice(&sum.to_be_bytes());
-        tcp[18..20].fill(0);
-        let (header, data) = tcp.split_at_mut(TCP_HEADER_LEN + options.len());
-        header[TCP_HEADER_LEN..].copy_from_slice(options);
+        header[16..18].copy_from_slice(&sum.to_be_bytes());
+        header[18..20].fill(0);
+        if rest.is_empty() {
+            return; // most ACKs
+        }
+        let (place, data) = rest.split_at_mut(options.len());
+        place.copy_from_slice(options);
         let (first, second) = data.split_at_mut(payload.0.len());
         first.copy_from_slice(payload.0);
         second.copy_from_slice(payload.1);
@@ -109,8 +113,7 @@ impl Syn {
         }
     }
 
-    /// The SYN written out again, for a stack; without data, which the client repeats (RFC 7413, section 4.2.1
-    /// allows a server not to take it).
+    /// The SYN written out again, without data.
     pub(super) fn packet(&self, client: SocketAddr, target: SocketAddr) -> SynPacket {
         let mut options = [0; 12];
         let mut len = 0;
@@ -155,86 +158,6 @@ pub(crate) struct SynPacket {
 impl SynPacket {
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.bytes[..self.len]
-    }
-}
-
-/// Finishes a packet that smoltcp wrote: the true segment size on SYN-ACKs, and the pseudo-header's sum in the
-/// checksum field. Returns one past its last sequence number.
-pub(super) fn finish(packet: &mut [u8], header_len: u16, announced_mss: u16) -> u32 {
-    let (ip, tcp) = packet.split_at_mut(usize::from(header_len));
-    let tcp_len = tcp.len();
-    let tcp_header_len = usize::from(tcp[12] >> 4) * 4;
-    let flags = TcpFlags(tcp[13]);
-    if flags.syn() {
-        write_max_segment_size(&mut tcp[TCP_HEADER_LEN..tcp_header_len], announced_mss);
-    }
-    let addresses = match ip.len() {
-        IPV4_HEADER_LEN => &ip[12..20],
-        _ => &ip[8..40],
-    };
-    let sum = checksum::add(
-        checksum::sum(addresses),
-        checksum::pseudo_len(PROTOCOL_TCP, tcp_len),
-    );
-    tcp[16..18].copy_from_slice(&sum.to_be_bytes());
-    let payload_len = tcp_len - tcp_header_len;
-    let sequence = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
-    let controls = u32::from(flags.syn()) + u32::from(flags.fin());
-    sequence.wrapping_add(payload_len as u32).wrapping_add(controls)
-}
-
-/// Writes over the maximum segment size in a SYN's options.
-fn write_max_segment_size(mut options: &mut [u8], size: u16) {
-    while let [kind, rest @ ..] = options {
-        options = match *kind {
-            0 => return,
-            1 => rest,
-            2 => {
-                rest[1..3].copy_from_slice(&size.to_be_bytes());
-                return;
-            }
-            _ => {
-                let len = usize::from(rest[0]);
-                &mut rest[len - 1..]
-            }
-        };
-    }
-}
-
-/// `packet` with its TCP data cut after `keep` bytes, without FIN and PSH, without IPv6 extension headers, and with
-/// another acknowledgment: what a stack is fed where the packet itself will not do. `transport` is where the TCP header
-/// begins.
-pub(super) fn rewrite(
-    packet: &[u8],
-    transport: usize,
-    keep: Option<usize>,
-    acknowledgment: Option<u32>,
-    into: &mut Vec<u8>,
-) {
-    into.clear();
-    let tcp = &packet[transport..];
-    let tcp_header_len = usize::from(tcp[12] >> 4) * 4;
-    let tcp_len = keep.map_or(tcp.len(), |keep| tcp_header_len + keep);
-    let is_v4 = packet[0] >> 4 == 4;
-    if is_v4 {
-        into.extend_from_slice(&packet[..transport]);
-    } else {
-        into.extend_from_slice(&packet[..IPV6_HEADER_LEN]);
-    }
-    let headers = into.len();
-    into.extend_from_slice(&tcp[..tcp_len]);
-    if keep.is_some() {
-        into[headers + 13] &= !(TcpFlags::FIN | TcpFlags::PSH);
-    }
-    if let Some(acknowledgment) = acknowledgment {
-        into[headers + 8..headers + 12].copy_from_slice(&acknowledgment.to_be_bytes());
-    }
-    if is_v4 {
-        let total = into.len() as u16;
-        into[2..4].copy_from_slice(&total.to_be_bytes());
-    } else {
-        into[4..6].copy_from_slice(&(tcp_len as u16).to_be_bytes());
-        into[6] = PROTOCOL_TCP;
     }
 }
 

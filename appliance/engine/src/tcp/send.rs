@@ -1,15 +1,15 @@
 //! The send half of a flow: bytes for the client, from the upstream's read to the client's acknowledgment.
 //!
-//! smoltcp never sees them. It believes that data is sent and acknowledged in one go, at the moment when it is given a
-//! segment that acknowledges it: see [`Stack`](super::stack::Stack). [`Recovery`] decides what leaves when; this module
-//! keeps the bytes, translates between its offsets and sequence numbers, and writes the segments.
+//! [`Recovery`] decides what leaves when; this module translates between its offsets and sequence numbers, and writes
+//! the segments.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
 use std::time::Duration;
 
-use super::arena::SendRing;
+use super::receive::Told;
 use super::recovery::{Ack, Block, CongestionControl, Recovery, Setup, Transmit, Unacceptable};
+use super::ring::Ring;
 use super::segment::{Control, TCP_CHECKSUM_OFFSET, TCP_HEADER_LEN};
 use crate::addr::{FlowId, IngressId};
 use crate::io::{PacketOut, World};
@@ -54,16 +54,9 @@ pub(super) struct SendHalf {
     finished: bool,
 }
 
-/// What our segments say of what the client has sent: acknowledgment and window field.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Told {
-    pub(super) acknowledgment: u32,
-    pub(super) window: u16,
-}
-
 impl SendHalf {
     /// Starts with the segment that completes the handshake.
-    pub(super) fn new(start: Start, first: &TcpView<'_>, ring: &mut SendRing, now: Timestamp) -> Self {
+    pub(super) fn new(start: Start, first: &TcpView<'_>, ring: &mut Ring, now: Timestamp) -> Self {
         if start.congestion != CongestionControl::None {
             ring.begin_with(RING_INITIAL);
         }
@@ -81,11 +74,6 @@ impl SendHalf {
             given: 0,
             finished: false,
         }
-    }
-
-    /// Our initial sequence number.
-    pub(super) fn isn(&self) -> u32 {
-        self.start.isn
     }
 
     /// SND.NXT.
@@ -109,7 +97,7 @@ impl SendHalf {
         &mut self,
         now: Timestamp,
         segment: &TcpView<'_>,
-        ring: &mut SendRing,
+        ring: &mut Ring,
     ) -> Result<(), Unacceptable> {
         let Some(acknowledged) = self.offset_of(segment.acknowledgment) else {
             return Err(Unacceptable);
@@ -135,6 +123,7 @@ impl SendHalf {
         }
         let freed = self.recovery.on_ack(now, &ack, &blocks[..count])?;
         ring.release(ring.len().min(usize::try_from(freed).unwrap_or(usize::MAX)));
+        ring.rewind();
         if self.start.congestion != CongestionControl::None {
             // More than the window, since a loss holds the first byte back while others are acknowledged.
             let window = self.recovery.window().saturating_mul(3);
@@ -167,11 +156,6 @@ impl SendHalf {
         self.finished && self.recovery.acknowledged() > self.given
     }
 
-    /// How many bytes of data the client has acknowledged.
-    pub(super) fn acknowledged(&self) -> u64 {
-        self.recovery.acknowledged().min(self.given)
-    }
-
     fn end(&self) -> u64 {
         self.given + u64::from(self.finished)
     }
@@ -200,13 +184,7 @@ impl SendHalf {
     }
 
     /// Sends one packet, if there is one to send. Returns whether it did.
-    pub(super) fn send(
-        &mut self,
-        now: Timestamp,
-        ring: &SendRing,
-        told: Told,
-        world: &mut dyn World,
-    ) -> bool {
+    pub(super) fn send(&mut self, now: Timestamp, ring: &Ring, told: Told, world: &mut dyn World) -> bool {
         let base = self.recovery.acknowledged();
         let Some(transmit) = self.recovery.next_transmit(now, self.end()) else {
             return false;

@@ -2,10 +2,10 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use super::receive::Told;
 use super::stack::Sending;
 use super::{
     Context, PACKETS_PER_TURN, Phase, RESET_LINGER, TIME_WAIT, TcpFlow, Turn, Upstream, VACATE_AFTER,
-    distance, next_expected,
 };
 use crate::addr::FlowId;
 use crate::config::Timeouts;
@@ -67,9 +67,11 @@ impl TcpFlow {
             if !stack.is_time_wait() {
                 return Turn::Ended(CloseReason::Finished);
             }
-            let acknowledgment = next_expected(&self.syn, self.consumed, stack);
             let sequence = stack.sent().expect("a finished connection has sent its FIN");
-            let window = stack.window_field();
+            let Told {
+                acknowledgment,
+                window,
+            } = stack.now_told();
             let until = cx.now + TIME_WAIT;
             let time_wait = Phase::TimeWait {
                 sequence,
@@ -78,7 +80,7 @@ impl TcpFlow {
                 until,
             };
             if let Phase::Live(stack) = std::mem::replace(&mut self.phase, time_wait) {
-                cx.arena.give_back(stack.into_buffers());
+                cx.arena.give_back(stack.into_rings());
             }
             return Turn::Lingering(until);
         }
@@ -97,9 +99,7 @@ impl TcpFlow {
         if at > cx.now {
             return at;
         }
-        let expected = next_expected(&self.syn, self.consumed, stack);
-        let has_gaps = distance(expected, self.client_end) > 0;
-        let is_empty = stack.receive_queue() == 0 && stack.send_queue() == 0 && !has_gaps;
+        let is_empty = stack.receive_queue() == 0 && stack.send_queue() == 0 && !stack.has_gaps();
         if self.vacated != Some(self.last_byte) && is_empty {
             self.vacated = Some(self.last_byte);
             stack.vacate(cx.world);
@@ -119,7 +119,7 @@ impl TcpFlow {
         let (Phase::Live(stack) | Phase::Reset(stack)) = &mut self.phase else {
             return;
         };
-        if !self.established && stack.is_synchronized() {
+        if !self.established && stack.is_open() {
             self.established = true;
             cx.world.event(&Event::Established { flow: id });
         }

@@ -50,6 +50,33 @@ fn upstream_closes_first_and_data_still_flows_forth() {
     assert_eq!((rig.engine.open_flows(), rig.engine.buffer_bytes()), (0, 0));
 }
 
+/// The last segment comes before the one ahead of it: its FIN counts as soon as nothing is missing.
+#[test]
+fn a_fin_that_overtakes_bytes_counts_once_they_have_come() {
+    let mut rig = Rig::new();
+    let (client, flow) = Client::open(CLIENT, TARGET, &mut rig);
+    let data = pattern(200);
+    let behind = client.sequence.wrapping_add(100);
+    rig.packet(&client.segment_at(behind, ACK | FIN, &data[100..]));
+    assert_eq!(rig.commands(), []);
+    rig.packet(&client.segment_at(client.sequence, ACK, &data[..100]));
+    assert_eq!(rig.read_all(flow), data);
+    assert_eq!(rig.commands(), [Command::Readable, Command::CloseWrite]);
+    let acknowledged = rig.segments().pop().expect("an ACK").acknowledgment;
+    assert_eq!(acknowledged, client.sequence.wrapping_add(201));
+}
+
+/// The same client, which has not heard of its FIN and repeats all that it thinks lost.
+#[test]
+fn a_fin_is_taken_with_bytes_that_had_come_without_it() {
+    let mut rig = Rig::new();
+    let (client, flow) = Client::open(CLIENT, TARGET, &mut rig);
+    rig.packet(&client.segment(ACK, b"all of it"));
+    rig.packet(&client.segment(ACK | FIN, b"all of it"));
+    assert_eq!(rig.read_all(flow), b"all of it");
+    assert_eq!(rig.commands(), [Command::Readable, Command::CloseWrite]);
+}
+
 /// The acknowledgment of our FIN is lost, and comes again only on a FIN that is a repetition: the connection ends.
 #[test]
 fn a_lost_acknowledgment_of_our_fin_comes_with_the_clients_repeated_fin() {
