@@ -5,7 +5,7 @@ mod support;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Command, Stdio};
 
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigHandler, Signal, kill, signal};
 use support::caller::{Caller, DeviceNode, pid, pids, program, skipped, state};
 use support::{Background, wait_until};
 
@@ -86,11 +86,19 @@ fn the_program_stops_and_goes_on_with_the_command() {
     }
 }
 
+/// Whoever runs the tests may ignore interrupts, as shells do for what they run in the background; processes inherit
+/// that.
+fn hear_interrupts() {
+    // SAFETY: the default action runs no code of ours.
+    unsafe { signal(Signal::SIGINT, SigHandler::SigDfl) }.unwrap();
+}
+
 #[test]
 fn the_terminal_is_the_commands() {
     if skipped(&["script", "stty"]) {
         return;
     }
+    hear_interrupts();
     let _node = DeviceNode::open();
     for &caller in Caller::all() {
         let in_terminal = |line: &str| {
@@ -126,6 +134,7 @@ fn an_interrupt_at_the_terminal_ends_the_program_in_the_way_of_the_command() {
     if skipped(&["script", "bash"]) {
         return;
     }
+    hear_interrupts();
     let _node = DeviceNode::open();
     let line = format!(
         "{} exec -- sh -c 'echo ready; exec sleep 300'; echo died $?",
