@@ -20,13 +20,24 @@ pub fn sum(bytes: &[u8]) -> u16 {
         }
         total = lanes.iter().sum();
     }
-    let (words, rest) = rest.as_chunks::<4>();
+    // Headers are short: eight bytes at a time, whose carry goes round.
+    let (words, mut rest) = rest.as_chunks::<8>();
     for word in words {
-        total += u64::from(u32::from_ne_bytes(*word));
+        let (sum, carry) = total.overflowing_add(u64::from_ne_bytes(*word));
+        total = sum + u64::from(carry);
     }
-    let mut last = [0; 4];
-    last[..rest.len()].copy_from_slice(rest);
-    total += u64::from(u32::from_ne_bytes(last));
+    total = (total & 0xffff_ffff) + (total >> 32);
+    if let Some((word, behind)) = rest.split_first_chunk() {
+        total += u64::from(u32::from_ne_bytes(*word));
+        rest = behind;
+    }
+    if let Some((word, behind)) = rest.split_first_chunk() {
+        total += u64::from(u16::from_ne_bytes(*word));
+        rest = behind;
+    }
+    if let [last] = rest {
+        total += u64::from(u16::from_ne_bytes([*last, 0]));
+    }
     u16::from_be(fold(total))
 }
 
@@ -77,6 +88,12 @@ pub fn nonzero(sum: u16) -> u16 {
 /// What `checksum` becomes when a word that it covers changes from `old` to `new` (RFC 1624, equation 3).
 pub fn update(checksum: u16, old: u16, new: u16) -> u16 {
     !add(add(!checksum, !old), new)
+}
+
+/// What `checksum` becomes where `change` is the sum of the words that were taken away, each complemented, and of those
+/// that have taken their places.
+pub fn update_all(checksum: u16, change: u64) -> u16 {
+    !fold(u64::from(!checksum) + change)
 }
 
 /// The sum of the 16-bit words that make up `sum`'s summands.

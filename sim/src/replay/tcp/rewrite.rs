@@ -19,8 +19,8 @@ pub(super) struct Header<'a> {
     bytes: &'a mut [u8],
     /// Length of the header.
     len: usize,
-    /// The sum of the header before its first change.
-    before: Option<u16>,
+    /// The sum of what was taken away, complemented, and of what has taken its place.
+    change: u64,
 }
 
 impl<'a> Header<'a> {
@@ -29,16 +29,20 @@ impl<'a> Header<'a> {
         Self {
             len: usize::from(bytes[12] >> 4) * 4,
             bytes,
-            before: None,
+            change: 0,
         }
     }
 
     pub(super) fn set_acknowledgment(&mut self, number: u32) {
-        self.replace(8, &number.to_be_bytes());
+        let field = self.bytes[8..].first_chunk_mut().expect("the header is whole");
+        let before = std::mem::replace(field, number.to_be_bytes());
+        self.change += u64::from(!u32::from_be_bytes(before)) + u64::from(number);
     }
 
     pub(super) fn set_window(&mut self, window: u16) {
-        self.replace(14, &window.to_be_bytes());
+        let field = self.bytes[14..].first_chunk_mut().expect("the header is whole");
+        let before = std::mem::replace(field, window.to_be_bytes());
+        self.change += u64::from(!u16::from_be_bytes(before)) + u64::from(window);
     }
 
     /// Replaces the options that cannot hold behind a relay by padding, and has `map` translate the edges of
@@ -80,20 +84,29 @@ impl<'a> Header<'a> {
 
     /// Adjusts the checksum to what has been changed.
     pub(super) fn finish(self) {
-        let Some(before) = self.before else { return };
-        let after = checksum::sum(&self.bytes[..self.len]);
-        let field = &mut self.bytes[CHECKSUM..CHECKSUM + 2];
-        let sum = checksum::update(u16::from_be_bytes([field[0], field[1]]), before, after);
-        field.copy_from_slice(&sum.to_be_bytes());
+        if self.change != 0 {
+            let field = self.bytes[CHECKSUM..]
+                .first_chunk_mut()
+                .expect("the header is whole");
+            let sum = checksum::update_all(u16::from_be_bytes(*field), self.change);
+            *field = sum.to_be_bytes();
+        }
     }
 
     /// Writes `new` at `at`.
     fn replace(&mut self, at: usize, new: &[u8]) {
-        let (header, place) = (&self.bytes[..self.len], at..at + new.len());
-        if header[place.clone()] != *new {
-            self.before.get_or_insert_with(|| checksum::sum(header));
-            self.bytes[place].copy_from_slice(new);
-        }
+        let place = &mut self.bytes[at..at + new.len()];
+        let (before, after) = (checksum::sum(place), checksum::sum(new));
+        place.copy_from_slice(new);
+        // Behind an odd number of bytes the halves of words are the other way round.
+        let word = |sum: u16| {
+            if at.is_multiple_of(2) {
+                sum
+            } else {
+                sum.swap_bytes()
+            }
+        };
+        self.change += u64::from(!word(before)) + u64::from(word(after));
     }
 }
 
