@@ -318,7 +318,7 @@ impl Memory {
     }
 
     /// Helper 1: the address of the value, the handle of the inner map, or 0.
-    #[inline]
+    #[inline(always)] // the handle and mostly the key are known where it is called
     pub(super) fn lookup(&mut self, packet: &[u8], handle: u64, key: u64) -> Result<u64, Fault> {
         let index = handle ^ HANDLE;
         let map = usize::try_from(index).ok().and_then(|index| self.maps.get(index));
