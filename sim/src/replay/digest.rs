@@ -34,19 +34,23 @@ impl Digest {
 
     /// A packet that the engine sent. What cuts it up and finishes its checksum is a function of these.
     pub(super) fn packet(&mut self, at: Timestamp, out: &PacketOut, bytes: &[u8]) {
-        self.tag(1);
-        self.number(at.as_nanos());
-        self.flow(out.flow);
-        self.short(out.partial_checksum.map_or(0, |field| field + 1));
-        self.short(out.segment_size.map_or(0, |size| size.get()));
-        self.bytes(bytes);
+        // What comes with every packet is written at one go, here and below.
+        let mut head = [1; 25];
+        head[1..9].copy_from_slice(&at.as_nanos().to_le_bytes());
+        head[9..17].copy_from_slice(&number_of(out.flow).to_le_bytes());
+        head[17..19].copy_from_slice(&out.partial_checksum.map_or(0, |field| field + 1).to_le_bytes());
+        head[19..21].copy_from_slice(&out.segment_size.map_or(0, |size| size.get()).to_le_bytes());
+        head[21..25].copy_from_slice(&(bytes.len() as u32).to_le_bytes());
+        self.buffer.extend_from_slice(&head);
+        self.buffer.extend_from_slice(bytes);
         self.flush();
     }
 
     pub(super) fn command(&mut self, at: Timestamp, flow: FlowId, command: &UpstreamCommand<'_>) {
-        self.tag(2);
-        self.number(at.as_nanos());
-        self.number(flow.as_u64());
+        let mut head = [2; 17];
+        head[1..9].copy_from_slice(&at.as_nanos().to_le_bytes());
+        head[9..17].copy_from_slice(&flow.as_u64().to_le_bytes());
+        self.buffer.extend_from_slice(&head);
         match command {
             UpstreamCommand::Open(open) => {
                 self.tag(0);
@@ -146,10 +150,13 @@ impl Digest {
 
     /// What became of a packet; also where the engine forwards it.
     pub(super) fn judgement(&mut self, judgement: &Judgement) {
-        self.tag(4);
-        self.tag(judgement.dropped.map_or(0, |reason| reason as u8 + 1));
-        self.rule(judgement.rule);
-        self.flow(judgement.flow);
+        let (kind, index) = parts(judgement.rule);
+        let mut all = [4; 15];
+        all[1] = judgement.dropped.map_or(0, |reason| reason as u8 + 1);
+        all[2] = kind;
+        all[3..7].copy_from_slice(&index.to_le_bytes());
+        all[7..15].copy_from_slice(&number_of(judgement.flow).to_le_bytes());
+        self.buffer.extend_from_slice(&all);
     }
 
     pub(super) fn forward(&mut self, shard: ShardId, bytes: &[u8]) {
@@ -161,9 +168,11 @@ impl Digest {
 
     /// Bytes that an upstream took.
     pub(super) fn read(&mut self, flow: FlowId, bytes: &[u8]) {
-        self.tag(6);
-        self.number(flow.as_u64());
-        self.bytes(bytes);
+        let mut head = [6; 13];
+        head[1..9].copy_from_slice(&flow.as_u64().to_le_bytes());
+        head[9..13].copy_from_slice(&(bytes.len() as u32).to_le_bytes());
+        self.buffer.extend_from_slice(&head);
+        self.buffer.extend_from_slice(bytes);
         self.flush();
     }
 
@@ -191,7 +200,7 @@ impl Digest {
     }
 
     fn flow(&mut self, flow: Option<FlowId>) {
-        self.number(flow.map_or(u64::MAX, FlowId::as_u64));
+        self.number(number_of(flow));
     }
 
     fn address(&mut self, address: SocketAddr) {
@@ -203,13 +212,7 @@ impl Digest {
     }
 
     fn rule(&mut self, rule: Option<RuleRef>) {
-        let (kind, index) = match rule {
-            None => (0, 0),
-            Some(RuleRef::List(index)) => (1, index),
-            Some(RuleRef::Rule(index)) => (2, index),
-            Some(RuleRef::Default) => (3, 0),
-            Some(RuleRef::Resolver) => (4, 0),
-        };
+        let (kind, index) = parts(rule);
         self.tag(kind);
         self.buffer.extend_from_slice(&index.to_le_bytes());
     }
@@ -270,6 +273,21 @@ impl Digest {
             self.hash.update(&self.buffer[..whole]);
             self.buffer.drain(..whole);
         }
+    }
+}
+
+fn number_of(flow: Option<FlowId>) -> u64 {
+    flow.map_or(u64::MAX, FlowId::as_u64)
+}
+
+/// What a rule is hashed as.
+fn parts(rule: Option<RuleRef>) -> (u8, u32) {
+    match rule {
+        None => (0, 0),
+        Some(RuleRef::List(index)) => (1, index),
+        Some(RuleRef::Rule(index)) => (2, index),
+        Some(RuleRef::Default) => (3, 0),
+        Some(RuleRef::Resolver) => (4, 0),
     }
 }
 

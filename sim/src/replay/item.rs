@@ -181,6 +181,8 @@ pub(super) struct Output {
 pub(super) struct Counts {
     pub(super) totals: Totals,
     pub(super) by_rule: std::collections::BTreeMap<(u16, RuleRef), u64>,
+    /// Packets in a row that one rule has decided, which `by_rule` does not count yet.
+    pub(super) in_a_row: Option<((u16, RuleRef), u64)>,
     pub(super) by_reason: std::collections::BTreeMap<DropReason, u64>,
 }
 

@@ -197,7 +197,8 @@ impl<'a> Iterator for Records<'a> {
 
 impl Counts {
     /// Adds those of another part of the run.
-    pub(super) fn merge(&mut self, other: Self) {
+    pub(super) fn merge(&mut self, mut other: Self) {
+        other.end_row();
         let (totals, others) = (&mut self.totals, other.totals);
         totals.read += others.read;
         totals.judged += others.judged;
@@ -226,11 +227,12 @@ impl Counts {
 
     /// What the run comes to.
     pub(super) fn outcome(
-        self,
+        mut self,
         policies: &[Arc<Policy>],
         digest: String,
         damaged: Option<crate::capture::Damage>,
     ) -> super::Outcome {
+        self.end_row();
         let mut by_rule = std::collections::BTreeMap::new();
         for ((policy, rule), count) in self.by_rule {
             let name = policies[usize::from(policy)].name(rule).to_string();

@@ -550,7 +550,20 @@ impl Counts {
             Side::Target | Side::None => totals.from_target += 1,
         }
         if let Some(rule) = record.rule {
-            *self.by_rule.entry((record.policy, rule)).or_default() += 1;
+            match &mut self.in_a_row {
+                Some((same, count)) if *same == (record.policy, rule) => *count += 1,
+                Some(_) | None => {
+                    self.end_row();
+                    self.in_a_row = Some(((record.policy, rule), 1));
+                }
+            }
+        }
+    }
+
+    /// Brings `by_rule` up to date.
+    pub(super) fn end_row(&mut self) {
+        if let Some((rule, count)) = self.in_a_row.take() {
+            *self.by_rule.entry(rule).or_default() += count;
         }
     }
 }
