@@ -17,7 +17,10 @@ use crate::capture::link::{self, LinkView};
 use crate::capture::{Capture, Damage, LinkType};
 use crate::outcome::{Path, Side};
 
-/// An epoch ends after so many packets,
+/// The first epoch ends after so many packets, so that the workers soon have something to do; each one after it is
+/// twice as long,
+const FIRST_EPOCH_PACKETS: usize = 128;
+/// up to so many, as handing over wakes threads and what is handed over shall fit caches,
 const EPOCH_PACKETS: usize = 1024;
 /// or so many bytes, whichever comes first.
 const EPOCH_BYTES: usize = 1 << 20;
@@ -30,6 +33,8 @@ pub(super) struct Dispatcher<'a> {
     #[expect(clippy::vec_box, reason = "batches go through channels as pointers")]
     batches: Vec<Box<Batch>>,
     workers: Vec<SyncSender<Box<Batch>>>,
+    /// Which worker has a shard.
+    worker_of: [u8; SHARDS as usize],
     replies: Vec<Receiver<Reply>>,
     epochs: SyncSender<Epoch>,
     /// Batches that have come back.
@@ -43,8 +48,10 @@ pub(super) struct Dispatcher<'a> {
     /// In this epoch.
     packets: usize,
     bytes: usize,
-    /// Changes of policy that are still to come.
-    changes: std::iter::Peekable<std::vec::IntoIter<(Timestamp, u16)>>,
+    /// Packets that an epoch may have now.
+    epoch_packets: usize,
+    /// Changes of policy that are still to come, the next one last.
+    changes: Vec<(Timestamp, u16)>,
     /// A packet that had to be mended before it can be looked at.
     mended: Vec<u8>,
 }
@@ -61,6 +68,8 @@ struct Found<'a> {
     link_type: LinkType,
     /// Link header, as captured.
     link: &'a [u8],
+    /// Link header and IP packet, where they are captured whole and next to each other.
+    frame: Option<&'a [u8]>,
     ip: &'a [u8],
     /// How much of `ip` was captured.
     captured: usize,
@@ -83,10 +92,12 @@ impl<'a> Dispatcher<'a> {
             .map(|((at, _), index)| (*at, index))
             .collect();
         changes.sort_by_key(|(at, _)| *at);
+        changes.reverse();
         Self {
             roles: Roles::new(&options.clients, &options.config.timeouts),
             fragments: Fragments::new(),
-            batches: workers.iter().map(|_| Box::default()).collect(),
+            batches: workers.iter().map(|_| new_batch()).collect(),
+            worker_of: std::array::from_fn(|shard| (shard % workers.len()) as u8),
             workers,
             replies,
             epochs,
@@ -98,7 +109,8 @@ impl<'a> Dispatcher<'a> {
             records: Vec::new(),
             packets: 0,
             bytes: 0,
-            changes: changes.into_iter().peekable(),
+            epoch_packets: FIRST_EPOCH_PACKETS,
+            changes,
             mended: Vec::new(),
         }
     }
@@ -140,8 +152,9 @@ impl<'a> Dispatcher<'a> {
             }
             self.record(&record)?;
             self.packets += 1;
-            if self.packets >= EPOCH_PACKETS || self.bytes >= EPOCH_BYTES {
+            if self.packets >= self.epoch_packets || self.bytes >= EPOCH_BYTES {
                 self.end_epoch(End::Epoch, self.now, capture.position())?;
+                self.epoch_packets = (self.epoch_packets * 2).min(EPOCH_PACKETS);
             }
         }
     }
@@ -160,7 +173,7 @@ impl<'a> Dispatcher<'a> {
     }
 
     fn change_policy(&mut self) {
-        while let Some((at, index)) = self.changes.next_if(|(at, _)| *at <= self.now) {
+        while let Some((at, index)) = self.changes.pop_if(|(at, _)| *at <= self.now) {
             for shard in 0..SHARDS {
                 self.push_at(at, ShardId(shard), What::Policy(index));
             }
@@ -192,12 +205,18 @@ impl<'a> Dispatcher<'a> {
             self.note(record.number, Side::None, Verdict::Unreadable);
             return Ok(());
         };
+        let is_unchanged = extent.len == captured.len() && !extent.length_is_missing;
         let mut mended = std::mem::take(&mut self.mended);
-        let ip = mend(captured, extent, &mut mended);
+        let ip = if is_unchanged {
+            captured
+        } else {
+            mend(captured, extent, &mut mended)
+        };
         let result = self.packet(Found {
             number: record.number,
             link_type: record.link_type,
             link: &record.bytes[..range.start],
+            frame: is_unchanged.then(|| &record.bytes[..range.end]),
             ip,
             captured: captured.len(),
             is_reassembled: false,
@@ -207,6 +226,13 @@ impl<'a> Dispatcher<'a> {
     }
 
     fn packet(&mut self, found: Found<'_>) -> Dispatched {
+        if let Some((source, destination, facts)) = plain_facts(found.ip) {
+            let role = self.roles.role(self.now, source, destination, &facts, |client| {
+                let view = PacketView::parse(found.ip).expect("it is plain");
+                owner(&view, client)
+            });
+            return self.dispatch(role, &facts, &found);
+        }
         let view = match PacketView::parse(found.ip) {
             Ok(view) => view,
             Err(_) => {
@@ -223,12 +249,17 @@ impl<'a> Dispatcher<'a> {
             .role(self.now, view.source(), view.destination(), &facts, |client| {
                 owner(&view, client)
             });
+        self.dispatch(role, &facts, &found)
+    }
+
+    fn dispatch(&mut self, role: Role, facts: &Facts, found: &Found<'_>) -> Dispatched {
         if let Role::Target(place) = role
-            && view.ports().is_some_and(|(source, _)| source == dns::PORT)
+            && let Facts::Tcp { ports, .. } | Facts::Udp { ports } = facts
+            && ports.0 == dns::PORT
         {
-            return self.look_at_answer(place, &found);
+            return self.look_at_answer(place, found);
         }
-        self.place(role, &found);
+        self.place(role, found);
         Ok(())
     }
 
@@ -293,6 +324,7 @@ impl<'a> Dispatcher<'a> {
             number: found.number,
             link_type: LinkType::RAW,
             link: &[],
+            frame: None,
             ip: &whole,
             captured: whole.len(),
             is_reassembled: true,
@@ -339,24 +371,28 @@ impl<'a> Dispatcher<'a> {
     // ---- batches -----------------------------------------------------------------------------------------------
 
     fn batch(&mut self, shard: ShardId) -> &mut Batch {
-        let worker = usize::from(shard.0) % self.batches.len();
-        &mut self.batches[worker]
+        &mut self.batches[usize::from(self.worker_of[usize::from(shard.0)])]
     }
 
     /// Copies a packet to its shard's batch, as the Ethernet frame that a pre-filter would see.
     fn write(&mut self, shard: ShardId, found: &Found<'_>) -> Packet {
         let bytes = &mut self.batch(shard).bytes;
         let frame = bytes.len();
-        if found.link_type == LinkType::ETHERNET {
-            bytes.extend_from_slice(found.link);
-        } else {
-            let ether_type: u16 = if found.ip[0] >> 4 == 4 { 0x0800 } else { 0x86dd };
-            bytes.extend_from_slice(&[0; ETHERNET_HEADER - 2]);
-            bytes.extend_from_slice(&ether_type.to_be_bytes());
+        match found.frame {
+            Some(whole) if found.link_type == LinkType::ETHERNET => bytes.extend_from_slice(whole),
+            Some(_) | None => {
+                if found.link_type == LinkType::ETHERNET {
+                    bytes.extend_from_slice(found.link);
+                } else {
+                    let ether_type: u16 = if found.ip[0] >> 4 == 4 { 0x0800 } else { 0x86dd };
+                    bytes.extend_from_slice(&[0; ETHERNET_HEADER - 2]);
+                    bytes.extend_from_slice(&ether_type.to_be_bytes());
+                }
+                bytes.extend_from_slice(found.ip);
+            }
         }
-        let start = bytes.len();
-        bytes.extend_from_slice(found.ip);
         let len = bytes.len() - frame;
+        let start = bytes.len() - found.ip.len();
         self.bytes += len;
         Packet {
             number: found.number,
@@ -378,7 +414,7 @@ impl<'a> Dispatcher<'a> {
 
     /// Sends a worker what there is, and waits for what became of the item at its end.
     fn ask(&mut self, shard: ShardId) -> Result<Reply, Abandoned> {
-        let worker = usize::from(shard.0) % self.batches.len();
+        let worker = usize::from(self.worker_of[usize::from(shard.0)]);
         let mut batch = std::mem::take(&mut self.batches[worker]);
         batch.end = End::Reply;
         self.workers[worker].send(batch).map_err(|_| Abandoned)?;
@@ -404,7 +440,7 @@ impl<'a> Dispatcher<'a> {
         self.packets = 0;
         self.bytes = 0;
         for (batch, worker) in self.batches.iter_mut().zip(&self.workers) {
-            let next = self.spent.try_recv().unwrap_or_default();
+            let next = self.spent.try_recv().unwrap_or_else(|_| new_batch());
             let mut full = std::mem::replace(batch, next);
             full.end = end;
             full.until = until;
@@ -416,9 +452,6 @@ impl<'a> Dispatcher<'a> {
 
 /// The packet in its full length.
 fn mend<'a>(captured: &'a [u8], extent: Extent, mended: &'a mut Vec<u8>) -> &'a [u8] {
-    if extent.len == captured.len() && !extent.length_is_missing {
-        return captured;
-    }
     mended.clear();
     mended.extend_from_slice(captured);
     mended.resize(extent.len, 0);
@@ -434,6 +467,33 @@ fn owner(view: &PacketView<'_>, client: SocketAddr) -> ShardId {
         Some(17) => shard::owner_of_udp_client(client, SHARDS),
         _ => shard::owner(view, SHARDS),
     }
+}
+
+/// What most packets are, and what [`facts`] would say about them: TCP over IPv4, whole and without IP options.
+#[inline]
+fn plain_facts(ip: &[u8]) -> Option<(IpAddr, IpAddr, Facts)> {
+    let header: &[u8; 40] = ip.first_chunk()?;
+    let total = usize::from(u16::from_be_bytes([header[2], header[3]]));
+    let is_fragment = u16::from_be_bytes([header[6], header[7]]) & 0x3fff != 0;
+    if header[0] != 0x45 || header[9] != 6 || is_fragment || total < header.len() || total > ip.len() {
+        return None;
+    }
+    let address = |at: usize| IpAddr::from([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+    let port = |at: usize| u16::from_be_bytes([header[at], header[at + 1]]);
+    Some((
+        address(12),
+        address(16),
+        tcp_facts((port(20), port(22)), &header[20..]),
+    ))
+}
+
+/// A batch with room for most epochs: to grow it would copy it.
+fn new_batch() -> Box<Batch> {
+    Box::new(Batch {
+        items: Vec::with_capacity(EPOCH_PACKETS * 2),
+        bytes: Vec::with_capacity(EPOCH_BYTES),
+        ..Batch::default()
+    })
 }
 
 /// What a whole packet says about roles.
@@ -474,15 +534,18 @@ fn facts(view: &PacketView<'_>) -> Facts {
 }
 
 fn tcp_facts(ports: (u16, u16), tcp: &[u8]) -> Facts {
-    let long = |at: usize| {
-        let bytes = tcp.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
-        bytes.map_or(0, u32::from_be_bytes)
-    };
+    // Zeros stand for what is cut off.
+    let mut fields = [0; 14];
+    match tcp.first_chunk::<14>() {
+        Some(whole) => fields = *whole,
+        None => fields[..tcp.len()].copy_from_slice(tcp),
+    }
+    let [_, _, _, _, a, b, c, d, e, f, g, h, _, flags] = fields;
     Facts::Tcp {
         ports,
-        flags: TcpFlags(tcp.get(13).copied().unwrap_or(0)),
-        sequence: long(4),
-        acknowledgment: long(8),
+        flags: TcpFlags(flags),
+        sequence: u32::from_be_bytes([a, b, c, d]),
+        acknowledgment: u32::from_be_bytes([e, f, g, h]),
     }
 }
 

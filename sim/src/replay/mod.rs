@@ -72,8 +72,8 @@ pub const SHARDS: u8 = 16;
 /// The seed of every replay's engines.
 pub const SEED: [u8; 32] = *b"tungate replays are reproducible";
 
-/// Batches on their way to one worker, and outputs on their way back.
-const DEPTH: usize = 4;
+/// Batches on their way to one worker, and outputs on their way back. More of them would be more memory to begin with.
+const DEPTH: usize = 2;
 
 /// What to do about TCP whose SYN was not captured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]

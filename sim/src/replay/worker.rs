@@ -33,6 +33,7 @@ impl<'a> Worker<'a> {
     pub(super) fn run(mut self) -> Done {
         let mut shards: Vec<Shard> = Vec::new();
         let mut output: Box<Output> = Box::default();
+        let place: [u8; SHARDS as usize] = std::array::from_fn(|shard| (shard / self.jobs) as u8);
         while let Ok(mut batch) = self.work.recv() {
             if shards.is_empty() {
                 let started = self.started.get().copied().unwrap_or(0);
@@ -47,7 +48,7 @@ impl<'a> Worker<'a> {
             let mut answer = None;
             let Batch { items, bytes, .. } = &mut *batch;
             for item in items.iter() {
-                let shard = &mut shards[usize::from(item.shard.0) / self.jobs];
+                let shard = &mut shards[usize::from(place[usize::from(item.shard.0)])];
                 std::mem::swap(&mut output, &mut shard.stage.output);
                 answer = shard.play(item, bytes, &mut self.filter);
                 std::mem::swap(&mut output, &mut shard.stage.output);

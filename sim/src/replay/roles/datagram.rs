@@ -139,9 +139,10 @@ impl Roles {
         sender: (IpAddr, u16),
         receiver: (IpAddr, u16),
     ) -> Option<Role> {
+        let tcp = (protocol == 6).then(|| Key::tcp(sender, receiver).0);
         let (sender, receiver) = (SocketAddr::from(sender), SocketAddr::from(receiver));
         let (key, other) = match protocol {
-            6 => (Key::tcp(sender, receiver), None),
+            6 => (tcp?, None),
             17 => (Key::udp(sender, receiver), Some(Key::udp(receiver, sender))),
             1 | 58 => (Key::echo(sender, receiver.ip()), None),
             _ => return None,

@@ -12,10 +12,15 @@ pub(super) struct Key {
 }
 
 impl Key {
-    /// Of both directions.
-    pub(super) fn tcp(one: SocketAddr, other: SocketAddr) -> Self {
-        let (one, other) = ((number(one.ip()), one.port()), (number(other.ip()), other.port()));
-        Self::new(1, one.min(other), one.max(other))
+    /// Of both directions, and whether `one` comes first in it.
+    #[inline]
+    pub(super) fn tcp(one: (IpAddr, u16), other: (IpAddr, u16)) -> (Self, bool) {
+        let (one, other) = ((number(one.0), one.1), (number(other.0), other.1));
+        if one <= other {
+            (Self::new(1, one, other), true)
+        } else {
+            (Self::new(1, other, one), false)
+        }
     }
 
     pub(super) fn udp(client: SocketAddr, target: SocketAddr) -> Self {

@@ -134,6 +134,8 @@ pub(super) struct Roles {
     queues: [VecDeque<(u64, Entry)>; SILENCES],
     /// Slots of TCP flows that have made room for another, in which something may still be on its way.
     retired: VecDeque<(u64, Gone)>,
+    /// Nothing in these queues is to be looked at up to this time.
+    quiet_until: u64,
     gone: Vec<Gone>,
     /// What began with the packet that was asked about last.
     begun: Option<Begins>,
@@ -211,6 +213,7 @@ impl Roles {
             pairs: HashTable::new(),
             queues: Default::default(),
             retired: VecDeque::new(),
+            quiet_until: u64::MAX,
             gone: Vec::new(),
             begun: None,
             slots: Default::default(),
@@ -235,7 +238,7 @@ impl Roles {
                 sequence,
                 acknowledgment,
             } => {
-                let (source, destination) = endpoints(source, destination, ports);
+                let (source, destination) = ((source, ports.0), (destination, ports.1));
                 self.tcp(now, source, destination, (flags, sequence, acknowledgment), owner)
             }
             Facts::Udp { ports } => {
@@ -297,7 +300,10 @@ impl Roles {
         };
         let (source, destination) = endpoints(source, destination, ports);
         let (key, from_client) = match protocol {
-            6 => (Key::tcp(source, destination), None),
+            6 => {
+                let end = |address: SocketAddr| (address.ip(), address.port());
+                (Key::tcp(end(source), end(destination)).0, None)
+            }
             17 => {
                 let endpoint = self
                     .endpoint(destination)

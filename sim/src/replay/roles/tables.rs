@@ -13,6 +13,9 @@ impl Roles {
     /// The slots of conversations that have been silent for too long, at `now`. Their places are free for new ones.
     pub(in super::super) fn forget(&mut self, now: Timestamp, mut gone: impl FnMut(Gone)) {
         let now = now.as_nanos();
+        if now <= self.quiet_until && self.gone.is_empty() {
+            return; // as for nearly all packets
+        }
         for queue in 0..SILENCES {
             while let Some((_, entry)) = self.queues[queue].pop_front_if(|(at, _)| *at < now) {
                 match entry {
@@ -48,6 +51,10 @@ impl Roles {
         while let Some((_, retired)) = self.retired.pop_front_if(|(at, _)| *at < now) {
             self.gone.push(retired);
         }
+        let queues = self.queues.iter();
+        let fronts = queues.filter_map(|queue| queue.front().map(|(at, _)| *at));
+        let retired = self.retired.front().map(|(at, _)| *at);
+        self.quiet_until = fronts.chain(retired).min().unwrap_or(u64::MAX);
         for each in self.gone.drain(..) {
             gone(each);
             self.slots[usize::from(each.shard.0)].free.push(each.slot);
@@ -151,19 +158,13 @@ impl Roles {
             slot: place.slot,
         };
         if key.is_tcp() {
-            self.retired.push_back((now.saturating_add(GRACE), gone));
+            let at = now.saturating_add(GRACE);
+            self.retired.push_back((at, gone));
+            self.quiet_until = self.quiet_until.min(at);
         } else {
             self.gone.push(gone);
         }
         self.remove_pair(client, target);
-    }
-
-    pub(super) fn settle_silence(&mut self, now: u64, index: u32, silence: Silence) {
-        let conversation = &mut self.conversations[index as usize];
-        if conversation.silence != silence {
-            conversation.silence = silence;
-            self.enqueue_conversation(now, index);
-        }
     }
 
     pub(super) fn enqueue_conversation(&mut self, now: u64, index: u32) {
@@ -178,6 +179,7 @@ impl Roles {
     pub(super) fn enqueue(&mut self, now: u64, silence: Silence, entry: Entry) {
         let at = now.saturating_add(self.silences[silence as usize]);
         self.queues[silence as usize].push_back((at, entry));
+        self.quiet_until = self.quiet_until.min(at);
     }
 
     pub(super) fn add_pair(&mut self, client: IpAddr, target: IpAddr) {

@@ -1,6 +1,6 @@
 //! Roles in TCP.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use tungate_engine::packet::TcpFlags;
 use tungate_engine::{Protocol, ShardId};
@@ -12,6 +12,8 @@ use super::{Begins, Role, Roles, Silence};
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct TcpState {
     isn: Option<u32>,
+    /// The client's end comes first in the key.
+    client_is_first: bool,
     /// The target has sent something.
     answered: bool,
     reset: bool,
@@ -29,12 +31,12 @@ impl Roles {
     pub(super) fn tcp(
         &mut self,
         now: u64,
-        source: SocketAddr,
-        destination: SocketAddr,
+        source: (IpAddr, u16),
+        destination: (IpAddr, u16),
         (flags, sequence, acknowledgment): (TcpFlags, u32, u32),
         owner: impl FnOnce(SocketAddr) -> ShardId,
     ) -> Role {
-        let key = Key::tcp(source, destination);
+        let (key, source_is_first) = Key::tcp(source, destination);
         let is_syn = flags.syn() && !flags.ack();
         let is_syn_ack = flags.syn() && flags.ack();
         let found = self.find(now, &key);
@@ -43,7 +45,7 @@ impl Roles {
             Some(index) => {
                 let conversation = &self.conversations[index as usize];
                 let tcp = &conversation.tcp;
-                let from_client = conversation.client == source;
+                let from_client = tcp.client_is_first == source_is_first;
                 if is_syn && from_client {
                     tcp.isn != Some(sequence) || tcp.has_ended()
                 } else if is_syn {
@@ -56,6 +58,7 @@ impl Roles {
             }
         };
         let index = if begins {
+            let (source, destination) = (SocketAddr::from(source), SocketAddr::from(destination));
             let (mut client, mut target) = match found {
                 // The ends keep their roles, unless the other side now opens a connection.
                 Some(index) if !is_syn => {
@@ -87,14 +90,16 @@ impl Roles {
                 replaces,
             };
             let index = self.begin(now, key, Silence::Short, begins, owner(client));
-            self.conversations[index as usize].tcp.isn = isn;
+            let tcp = &mut self.conversations[index as usize].tcp;
+            tcp.isn = isn;
+            tcp.client_is_first = (client == source) == source_is_first;
             index
         } else {
             found.expect("a conversation that does not begin was found")
         };
         let conversation = &mut self.conversations[index as usize];
-        let from_client = conversation.client == source;
         let tcp = &mut conversation.tcp;
+        let from_client = tcp.client_is_first == source_is_first;
         tcp.reset |= flags.rst();
         tcp.answered |= !from_client;
         if from_client {
@@ -107,8 +112,12 @@ impl Roles {
         } else {
             Silence::Long
         };
-        self.settle_silence(now, index, silence);
-        let place = self.touch(now, index);
+        let place = conversation.place;
+        conversation.last = now;
+        if conversation.silence != silence {
+            conversation.silence = silence;
+            self.enqueue_conversation(now, index);
+        }
         if from_client {
             Role::Client(place)
         } else {
