@@ -39,6 +39,7 @@ mod stream;
 mod tcp;
 #[cfg(test)]
 mod tests;
+mod timer;
 mod transcript;
 mod worker;
 

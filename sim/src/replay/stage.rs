@@ -213,13 +213,19 @@ impl Stage {
     }
 
     /// Adds a line to the transcript, if it is wanted.
+    #[inline]
     pub(super) fn line(&mut self, line: Line<'_>) {
         if self.wanted.lines {
-            use std::fmt::Write;
-            let mut text = String::new();
-            write!(text, "{line}").expect("a string takes any text");
-            self.show(ShownKind::Line, text.as_bytes(), None);
+            self.add_line(&line);
         }
+    }
+
+    #[cold]
+    fn add_line(&mut self, line: &Line<'_>) {
+        use std::fmt::Write;
+        let mut text = String::new();
+        write!(text, "{line}").expect("a string takes any text");
+        self.show(ShownKind::Line, text.as_bytes(), None);
     }
 
     fn show(&mut self, kind: ShownKind, bytes: &[u8], slot: Option<u32>) {

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use tungate_engine::Timestamp;
 use xxhash_rust::xxh64::Xxh64;
 
+use super::timer::Timer;
 use crate::outcome::Stream;
 
 /// Where a direction's SYN stands.
@@ -205,57 +206,61 @@ const FIN_PATIENCE: Duration = Duration::from_secs(64);
 /// Missing bytes of a stream, which are waited for before they are filled in.
 #[derive(Debug, Default)]
 pub(super) struct Gaps {
-    /// What lies before this position has been acknowledged by the receiver.
-    acknowledged: Option<(Timestamp, u64)>,
-    /// A FIN is there.
-    fin: Option<Timestamp>,
+    /// On while something that the receiver has acknowledged is missing before `end`.
+    acknowledged: Timer,
+    end: u64,
+    /// On while something before a FIN is missing.
+    fin: Timer,
 }
 
 impl Gaps {
     /// The receiver has acknowledged everything before `end`.
     pub(super) fn on_acknowledged(&mut self, now: Timestamp, end: u64) {
-        let (at, before) = self.acknowledged.unwrap_or((now + ACKNOWLEDGED_PATIENCE, end));
-        self.acknowledged = Some((at, before.max(end)));
+        if self.acknowledged.is_on() {
+            self.end = self.end.max(end);
+        } else {
+            self.acknowledged = Timer::at(now + ACKNOWLEDGED_PATIENCE);
+            self.end = end;
+        }
     }
 
     /// There is a FIN.
     pub(super) fn on_fin(&mut self, now: Timestamp) {
-        self.fin.get_or_insert(now + FIN_PATIENCE);
+        if !self.fin.is_on() {
+            self.fin = Timer::at(now + FIN_PATIENCE);
+        }
     }
 
     /// Everything before `next` has come.
     pub(super) fn on_filled(&mut self, next: u64, fin: Option<u64>) {
-        if self.acknowledged.is_some_and(|(_, end)| end <= next) {
-            self.acknowledged = None;
+        if self.end <= next {
+            self.acknowledged = Timer::OFF;
         }
         if fin.is_some_and(|fin| fin <= next) {
-            self.fin = None;
+            self.fin = Timer::OFF;
         }
     }
 
     /// When the next gap is to be filled in.
-    pub(super) fn due(&self) -> Option<Timestamp> {
-        match (self.acknowledged, self.fin) {
-            (Some((acknowledged, _)), Some(fin)) => Some(acknowledged.min(fin)),
-            (Some((at, _)), None) | (None, Some(at)) => Some(at),
-            (None, None) => None,
-        }
+    pub(super) fn due(&self) -> Timestamp {
+        self.acknowledged.min(self.fin).due()
     }
 
     /// Up to where to fill at `now`, where `end` is all that was captured.
     pub(super) fn take_due(&mut self, now: Timestamp, end: u64) -> Option<u64> {
-        if self.fin.take_if(|at| *at <= now).is_some() {
-            self.acknowledged = None;
+        if self.fin.is_due(now) {
+            *self = Self::default();
             return Some(end);
         }
         self.acknowledged
-            .take_if(|(at, _)| *at <= now)
-            .map(|(_, end)| end)
+            .is_due(now)
+            .then(|| self.take_acknowledged())
+            .flatten()
     }
 
     /// Up to where to fill if nothing more will come.
     pub(super) fn take_acknowledged(&mut self) -> Option<u64> {
-        self.acknowledged.take().map(|(_, end)| end)
+        std::mem::take(&mut self.acknowledged).is_on().then_some(self.end)
     }
 }
 

@@ -13,6 +13,7 @@ use crate::replay::card::Anomaly;
 use crate::replay::item::Packet;
 use crate::replay::repair;
 use crate::replay::stream::{Origin, SYN};
+use crate::replay::timer::Timer;
 
 /// The largest window scale (RFC 7323, section 2.3), which stands for one that was not captured.
 const SHIFT_MAX: u8 = 14;
@@ -25,8 +26,9 @@ pub(super) struct Captured {
     pub(super) flags: TcpFlags,
     pub(super) window: u16,
     window_scale: Option<u8>,
-    /// Left and right edges of what was received out of order.
-    sack: [Option<(u32, u32)>; 4],
+    /// Left and right edges of what was received out of order, in the first [`Self::sack_blocks`] places.
+    sack: [(u32, u32); 4],
+    sack_blocks: usize,
     /// Where the TCP header is.
     pub(super) transport: usize,
     /// Where the data is.
@@ -45,13 +47,18 @@ fn edges(&[a, b, c, d, e, f, g, h]: &[u8; 8]) -> (u32, u32) {
 impl Captured {
     pub(super) fn new(tcp: &TcpView<'_>, transport: usize, end: usize, packet: &Packet) -> Self {
         let start = transport + usize::from(tcp.header_len);
+        let mut sack = [(0, 0); 4];
+        for (place, block) in sack.iter_mut().zip(tcp.options.sack) {
+            *place = edges(block);
+        }
         Self {
             sequence: tcp.sequence,
             acknowledgment: tcp.acknowledgment,
             flags: tcp.flags,
             window: tcp.window,
             window_scale: tcp.options.window_scale,
-            sack: std::array::from_fn(|index| tcp.options.sack.get(index).map(edges)),
+            sack,
+            sack_blocks: tcp.options.sack.len().min(4),
             transport,
             payload: start..end,
             cut: end - (packet.captured as usize).clamp(start, end),
@@ -112,7 +119,7 @@ impl TcpFlow {
                 if let Some(scale) = self.upstream.syn_ack {
                     self.on_scales(scale);
                 }
-                self.upstream.wait_for_syn = None;
+                self.upstream.wait_for_syn = Timer::OFF;
                 if !header.payload.is_empty() {
                     self.card.anomalies.add(Anomaly::SynData);
                 }
@@ -168,7 +175,7 @@ impl TcpFlow {
         {
             let position = server.position(header.acknowledgment, self.upstream.next.max(SYN));
             self.on_client_acknowledged(now, position, header.window);
-            for (left, right) in header.sack.into_iter().flatten() {
+            for &(left, right) in header.sack.iter().take(header.sack_blocks) {
                 let range = server.position(left, position)..server.position(right, position);
                 if range.end <= self.upstream.captured_end() + GAP_MAX {
                     self.upstream.on_received(range);
@@ -304,7 +311,7 @@ impl TcpFlow {
             Some(_) => {}
             None => {
                 self.upstream.expected = header.acknowledgment;
-                self.upstream.wait_for_syn = Some(now + SYN_PATIENCE);
+                self.upstream.wait_for_syn = Timer::at(now + SYN_PATIENCE);
             }
         }
         self.upstream.begin(header.sequence);

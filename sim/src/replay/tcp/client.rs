@@ -20,6 +20,7 @@ use tungate_engine::Timestamp;
 use tungate_engine::packet::TcpFlags;
 
 use super::super::stream::{Delivered, Fillers, Fingerprint, Gaps, Held, Origin, SYN};
+use super::super::timer::Timer;
 
 /// How long bytes wait for the captured acknowledgment.
 const ACKNOWLEDGE_AFTER: Duration = Duration::from_millis(200);
@@ -71,7 +72,7 @@ pub(super) struct Client {
     shift: u8,
     duplicates: u8,
     timeout: Duration,
-    pub(super) resend_at: Option<Timestamp>,
+    pub(super) resend_at: Timer,
 
     /// The engine's initial sequence number.
     pub(super) peer: Option<Origin>,
@@ -95,7 +96,7 @@ pub(super) struct Client {
     pub(super) captured_shift: u8,
     /// Scale that the engine applies to this client's windows.
     told_shift: u8,
-    pub(super) acknowledge_at: Option<Timestamp>,
+    pub(super) acknowledge_at: Timer,
     pub(super) delivered: Delivered,
     /// An output of the engine was lost.
     pub(super) lost_output: bool,
@@ -208,7 +209,7 @@ impl Client {
         self.highest_edge = Some(self.highest_edge.unwrap_or(0).max(self.right_edge));
         self.told = self.told.max(position.min(self.received));
         if self.told >= self.received {
-            self.acknowledge_at = None;
+            self.acknowledge_at = Timer::OFF;
         }
         self.note_acknowledgeable();
     }
@@ -225,7 +226,7 @@ impl Client {
             .max(SYN + 1);
         self.told = told;
         if told >= self.received {
-            self.acknowledge_at = None;
+            self.acknowledge_at = Timer::OFF;
         }
         self.wants.acknowledge = false;
         let window = self.window_field(told, self.edge_beyond(told));
@@ -338,16 +339,16 @@ impl Client {
     /// Starts or stops the retransmission timer.
     pub(super) fn arm(&mut self, now: Timestamp) {
         if !self.has_outstanding() {
-            self.resend_at = None;
-        } else if self.resend_at.is_none() {
-            self.resend_at = Some(now + self.timeout);
+            self.resend_at = Timer::OFF;
+        } else if !self.resend_at.is_on() {
+            self.resend_at = Timer::at(now + self.timeout);
         }
     }
 
     /// The retransmission timer has run out.
     pub(super) fn on_resend_timer(&mut self, now: Timestamp) {
         self.timeout *= 2;
-        self.resend_at = Some(now + self.timeout);
+        self.resend_at = Timer::at(now + self.timeout);
         self.wants.send_from = Some(self.unacknowledged);
     }
 
@@ -419,8 +420,8 @@ impl Client {
         }
         self.delivered.take(self.received, fresh, fillers);
         self.received += fresh.len() as u64;
-        if self.received > self.highest && !fresh.is_empty() && self.acknowledge_at.is_none() {
-            self.acknowledge_at = Some(now + ACKNOWLEDGE_AFTER);
+        if self.received > self.highest && !fresh.is_empty() && !self.acknowledge_at.is_on() {
+            self.acknowledge_at = Timer::at(now + ACKNOWLEDGE_AFTER);
         }
         self.received += u64::from(flags.fin());
         self.note_acknowledgeable();
@@ -462,7 +463,7 @@ impl Client {
             self.unacknowledged = acknowledged;
             self.kept.forget_before(acknowledged.min(self.next));
             self.timeout = RESEND_AFTER;
-            self.resend_at = None;
+            self.resend_at = Timer::OFF;
             self.duplicates = 0;
             self.arm(now);
         } else if !news && segment.payload.is_empty() && !segment.flags.fin() && self.has_outstanding() {
@@ -497,7 +498,7 @@ impl Client {
 
     /// Bytes have waited long enough for their captured acknowledgment.
     pub(super) fn on_acknowledge_timer(&mut self) {
-        self.acknowledge_at = None;
+        self.acknowledge_at = Timer::OFF;
         self.forced = self.received;
         self.note_acknowledgeable();
     }
@@ -505,7 +506,7 @@ impl Client {
     /// The capture has ended: nothing more is captured that could be waited for.
     pub(super) fn settle(&mut self) {
         self.is_settling = true;
-        self.acknowledge_at = None;
+        self.acknowledge_at = Timer::OFF;
         if self.is_answered() {
             self.note_acknowledgeable();
         }
@@ -515,7 +516,7 @@ impl Client {
     /// one that knows nothing of the connection.
     pub(super) fn begin_reset(&mut self) {
         self.has_reset = true;
-        self.resend_at = None;
+        self.resend_at = Timer::OFF;
     }
 
     /// The client has reset the connection: from now on it knows nothing of it.
@@ -534,8 +535,8 @@ impl Client {
 
     fn forget(&mut self) {
         self.kept.clear();
-        self.resend_at = None;
-        self.acknowledge_at = None;
+        self.resend_at = Timer::OFF;
+        self.acknowledge_at = Timer::OFF;
         self.gaps = Gaps::default();
         self.wants = Wants::default();
     }

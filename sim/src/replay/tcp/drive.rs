@@ -2,7 +2,7 @@
 
 use tungate_engine::io::{IcmpError, UpstreamCommand, UpstreamError, UpstreamEvent};
 use tungate_engine::packet::{IcmpMessage, PacketView, TcpFlags, Transport};
-use tungate_engine::{DropReason, Input, Timestamp};
+use tungate_engine::{DropReason, Input};
 
 use super::captured::Captured;
 use super::client::Wants;
@@ -15,6 +15,7 @@ use crate::replay::item::{Judged, Packet};
 use crate::replay::shard::{Assessed, Shard};
 use crate::replay::stage::Flow;
 use crate::replay::stream::SYN;
+use crate::replay::timer::Timer;
 use crate::replay::transcript::Line;
 
 /// Bytes of an IPv4 and of an IPv6 packet's headers, without options, in a segment of an Ethernet's size.
@@ -207,7 +208,7 @@ impl Shard {
     fn adopt(&mut self, slot: u32, first: u32, server: Option<u32>) {
         let Some(flow) = self.stage.tcp(slot) else { return };
         flow.card.anomalies.add(Anomaly::NoSyn);
-        flow.upstream.wait_for_syn = None;
+        flow.upstream.wait_for_syn = Timer::OFF;
         flow.client.begin(first.wrapping_sub(1));
         flow.client.on_adopted(flow.upstream.scales());
         if flow.upstream.origin.is_none()
@@ -307,11 +308,10 @@ impl Shard {
     pub(in super::super) fn on_tcp_timer(&mut self, slot: u32) {
         let now = self.now;
         let Some(flow) = self.stage.tcp(slot) else { return };
-        let is_due = |at: Option<Timestamp>| at.is_some_and(|at| at <= now);
-        if is_due(flow.client.acknowledge_at) {
+        if flow.client.acknowledge_at.is_due(now) {
             flow.client.on_acknowledge_timer();
         }
-        if is_due(flow.client.resend_at) {
+        if flow.client.resend_at.is_due(now) {
             flow.client.on_resend_timer(now);
         }
         if let Some(end) = flow.client.gaps.take_due(now, flow.client.captured_end()) {
@@ -320,7 +320,7 @@ impl Shard {
         if let Some(end) = flow.upstream.gaps.take_due(now, flow.upstream.captured_end()) {
             flow.fill_target_gaps(end);
         }
-        if is_due(flow.upstream.wait_for_syn) {
+        if flow.upstream.wait_for_syn.is_due(now) {
             let first = flow.upstream.expected;
             self.adopt(slot, first, None);
         }
@@ -329,7 +329,7 @@ impl Shard {
     /// The capture has ended.
     pub(in super::super) fn end_tcp_capture(&mut self, slot: u32) {
         let Some(flow) = self.stage.tcp(slot) else { return };
-        if flow.upstream.wait_for_syn.is_some() {
+        if flow.upstream.wait_for_syn.is_on() {
             let first = flow.upstream.expected;
             self.adopt(slot, first, None);
         }
@@ -424,7 +424,11 @@ impl Shard {
                 let (first, _) = pending.as_slices();
                 let len = first.len().min(space.len());
                 space[..len].copy_from_slice(&first[..len]);
-                pending.drain(..len);
+                if len == pending.len() {
+                    pending.clear();
+                } else {
+                    pending.drain(..len);
+                }
                 len
             });
             if given == 0 {

@@ -94,24 +94,22 @@ impl TcpFlow {
         let upstream = &self.upstream;
         self.client.wants.any()
             || upstream.readable
-            || (upstream.state == State::Opening && upstream.answer.is_some())
-            || (upstream.state == State::Connected && (upstream.writable || upstream.has_reset))
+            || match upstream.state {
+                State::Connected => upstream.writable || upstream.has_reset,
+                State::Opening => upstream.answer.is_some(),
+                State::Idle | State::Gone => false,
+            }
     }
 
     /// When its timers want it; [`Timestamp::MAX`] is never.
     pub(super) fn due(&self) -> Timestamp {
-        let timers = [
-            self.client.resend_at,
-            self.client.acknowledge_at,
-            self.client.gaps.due(),
-            self.upstream.gaps.due(),
-            self.upstream.wait_for_syn,
-        ];
-        let or_never = |timer: Option<Timestamp>| timer.unwrap_or(Timestamp::MAX);
-        timers
-            .into_iter()
-            .map(or_never)
-            .fold(Timestamp::MAX, Timestamp::min)
+        let (client, upstream) = (&self.client, &self.upstream);
+        let gaps = client.gaps.due().min(upstream.gaps.due());
+        let timers = client
+            .resend_at
+            .min(client.acknowledge_at)
+            .min(upstream.wait_for_syn);
+        gaps.min(timers.due())
     }
 
     /// The engine has let go of the flow.

@@ -10,10 +10,10 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use tungate_engine::Timestamp;
 use tungate_engine::io::Unreachable;
 
 use super::super::stream::{Delivered, Fillers, Fingerprint, Gaps, Held, Kind, Origin, SYN};
+use super::super::timer::Timer;
 
 /// Out-of-order bytes that may wait for a gap to close which nobody acknowledges.
 const WAITING_MAX: usize = 4 << 20;
@@ -24,7 +24,7 @@ pub(super) struct Upstream {
     /// What the capture says becomes of the connect.
     pub(super) answer: Option<Answer>,
     /// Until when an answer waits for its SYN.
-    pub(super) wait_for_syn: Option<Timestamp>,
+    pub(super) wait_for_syn: Timer,
     /// The client's first sequence number, as the answer says.
     pub(super) expected: u32,
     /// What the captured SYN-ACK says of window scaling.
@@ -186,7 +186,7 @@ impl Upstream {
         self.beyond.clear();
         self.pending = VecDeque::new();
         self.gaps = Gaps::default();
-        self.wait_for_syn = None;
+        self.wait_for_syn = Timer::OFF;
     }
 
     /// The captured client says that it has got this range.
