@@ -211,7 +211,9 @@ impl Receiver {
             report.count += 1;
         }
         self.reported = self.next;
-        self.quick = self.quick.saturating_sub(1);
+        if self.next > 0 || !self.runs.is_empty() {
+            self.quick = self.quick.saturating_sub(1); // they are counted from the first data on
+        }
         self.compressed = 0;
         self.due = None;
         report
@@ -404,6 +406,14 @@ mod tests {
         let now = reports(&mut receiver(Acknowledging::Linux), 0..22);
         let expected: Vec<_> = (0..22).map(|at| at < 16 || at % 2 == 1).collect();
         assert_eq!(now, expected);
+    }
+
+    /// So that slow start doubles twice from ten segments, and 70 of them take three round trips.
+    #[test]
+    fn the_end_of_the_handshake_is_no_quick_acknowledgment() {
+        let mut receiver = receiver(Acknowledging::Linux);
+        receiver.report();
+        assert_eq!(reports(&mut receiver, 0..17)[14..], [true, true, false]);
     }
 
     #[test]
