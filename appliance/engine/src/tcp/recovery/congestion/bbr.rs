@@ -162,6 +162,11 @@ impl Bbr {
         (bytes * u128::from(gain) / 1000) as u64
     }
 
+    /// What the sender and the receiver hold back to work in larger units: timers have milliseconds.
+    fn held_back(&self) -> u64 {
+        3 * (self.pacing_rate / 1000).max(2 * self.segment)
+    }
+
     fn window_least(&self) -> u64 {
         4 * self.segment
     }
@@ -373,7 +378,9 @@ impl Bbr {
         let bound = self.loss_bound();
         if self.is_congested(bound) {
             let target = self.product(1000).min(self.window);
-            self.in_flight_high = sample.in_flight_before.max(target / 1000 * DECREASE);
+            self.in_flight_high = sample
+                .in_flight_before
+                .max(target / 1000 * DECREASE + self.held_back());
             self.enter(State::Down, sample.now);
             return;
         }
@@ -394,12 +401,13 @@ impl Bbr {
 
     fn set_pace(&mut self, sample: &Sample) {
         let (gain, _) = self.gains();
-        let rate = match self.bandwidth() {
+        let rate = match self.pacing_rate {
+            // The first ACK says nothing of the rate: nine of ten segments are still under way.
             0 => {
                 let rtt = sample.rtt_smoothed.unwrap_or(Duration::from_millis(1));
                 (u128::from(self.window) * 1_000_000_000 / rtt.as_nanos().max(1)) as u64
             }
-            bandwidth => bandwidth,
+            _ => self.bandwidth(),
         };
         let rate = rate / 1000 * gain / 1000 * PACING_MARGIN;
         if self.is_full || rate > self.pacing_rate {
@@ -410,9 +418,7 @@ impl Bbr {
     fn set_window(&mut self, sample: &Sample) {
         let (_, gain) = self.gains();
         let bunching = self.bunching.most[0].max(self.bunching.most[1]);
-        // What the sender and the receiver hold back to work in larger units.
-        let units = 3 * (self.pacing_rate / 1000).max(2 * self.segment);
-        let target = self.product(gain) + bunching + units;
+        let target = self.product(gain) + bunching + self.held_back();
         if self.is_full {
             self.window = (self.window + sample.delivered).min(target);
         } else if self.window < target || sample.delivered_total < 2 * initial_window(self.segment as u32) {
