@@ -258,6 +258,17 @@ pub trait World {
     fn packet_buffer(&mut self, len: usize) -> &mut [u8];
     /// Sends what the engine has written into the buffer just lent.
     fn send_packet(&mut self, packet: PacketOut);
+    /// Sends a packet whose parts lie apart: its headers, and its payload in a buffer that may wrap. A world that can
+    /// gather them saves the copy.
+    fn send_parts(&mut self, packet: PacketOut, headers: &[u8], payload: (&[u8], &[u8])) {
+        let (first, second) = payload;
+        let buffer = self.packet_buffer(headers.len() + first.len() + second.len());
+        let (start, rest) = buffer.split_at_mut(headers.len());
+        start.copy_from_slice(headers);
+        rest[..first.len()].copy_from_slice(first);
+        rest[first.len()..].copy_from_slice(second);
+        self.send_packet(packet);
+    }
     /// Carries out a command. [`Engine::read`] and [`Engine::write`] are called after the step, not from here.
     fn upstream(&mut self, flow: FlowId, command: UpstreamCommand<'_>);
     /// Takes note of something worth counting, logging or checking.

@@ -5,12 +5,13 @@
 //! batching is left aside, since it cuts super-packets to the MTU and joins them again in user space.
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, IoSlice};
 use std::num::NonZeroU16;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use nix::errno::Errno;
+use nix::sys::uio::writev;
 use nix::unistd::{read, write};
 use serde::{Deserialize, Serialize};
 use tun_rs::DeviceBuilder;
@@ -244,36 +245,59 @@ impl Writer {
     fn send_frame(&mut self, frame: &[u8]) {
         let mut framed = vec![0; HEADER_LEN];
         framed.extend_from_slice(frame);
-        self.write(Framed::Owned(framed));
+        self.write_frame(framed);
     }
 
     /// Sends the packet in the buffer.
     pub(crate) fn send(&mut self, packet: &PacketOut) {
-        if let Some(ethernet) = &mut self.ethernet {
-            match ethernet.header_for(&self.buffer[self.start..self.start + self.len]) {
-                Ok(header) => self.buffer[HEADER_LEN..self.start].copy_from_slice(&header),
-                Err(question) => {
-                    self.lost += 1;
-                    return self.send_frame(&question);
-                }
-            }
-        }
         let is_datagram = packet.partial_checksum.is_some_and(|field| field != TCP_CHECKSUM);
         if packet.segment_size.is_some() && is_datagram && !self.udp_segmentation {
-            let mut whole = self.buffer[self.start..self.start + self.len].to_vec();
-            let mut headers = self.buffer[..self.start].to_vec();
-            headers[..HEADER_LEN].fill(0);
-            segments(&mut whole, packet, |segment| {
-                let mut framed = headers.clone();
-                framed.extend_from_slice(segment);
-                self.write(Framed::Owned(framed));
-            });
+            self.send_segments(packet);
+        } else if self.put_headers(packet) {
+            self.write((&[], &[]));
+        }
+    }
+
+    /// Sends a packet with its payload from where it is.
+    pub(crate) fn send_parts(&mut self, packet: &PacketOut, headers: &[u8], payload: (&[u8], &[u8])) {
+        self.packet_buffer(headers.len()).copy_from_slice(headers);
+        if self.put_headers(packet) {
+            self.write(payload);
+        }
+    }
+
+    /// Sends the super-packet in the buffer in pieces, to a device that does not cut datagrams.
+    fn send_segments(&mut self, packet: &PacketOut) {
+        if !self.put_headers(packet) {
             return;
         }
+        let mut whole = self.buffer[self.start..self.start + self.len].to_vec();
+        let mut headers = self.buffer[..self.start].to_vec();
+        headers[..HEADER_LEN].fill(0);
+        segments(&mut whole, packet, |segment| {
+            let mut frame = headers.clone();
+            frame.extend_from_slice(segment);
+            self.write_frame(frame);
+        });
+    }
+
+    /// Puts virtio and Ethernet headers in front of the IP header in the buffer. `false` if the packet cannot be sent.
+    fn put_headers(&mut self, packet: &PacketOut) -> bool {
+        let bytes = &self.buffer[self.start..self.start + self.len];
         let link_len = (self.start - HEADER_LEN) as u16;
-        let header = header_of(&self.buffer[self.start..self.start + self.len], packet, link_len);
-        self.buffer[..HEADER_LEN].copy_from_slice(&header);
-        self.write(Framed::InBuffer);
+        let virtio = header_of(bytes, packet, link_len);
+        let link = self.ethernet.as_mut().map(|ethernet| ethernet.header_for(bytes));
+        match link {
+            None => {}
+            Some(Ok(header)) => self.buffer[HEADER_LEN..self.start].copy_from_slice(&header),
+            Some(Err(question)) => {
+                self.lost += 1;
+                self.send_frame(&question);
+                return false;
+            }
+        }
+        self.buffer[..HEADER_LEN].copy_from_slice(&virtio);
+        true
     }
 
     /// Writes what waits, now that the device may take it.
@@ -286,13 +310,12 @@ impl Writer {
         }
     }
 
-    fn write(&mut self, packet: Framed) {
+    /// Writes what is in the buffer, and the payload behind it.
+    fn write(&mut self, (first, second): (&[u8], &[u8])) {
+        let start = &self.buffer[..self.start + self.len];
         if self.overflow.is_empty() {
-            let written = match &packet {
-                Framed::InBuffer => write(&self.queue, &self.buffer[..self.start + self.len]),
-                Framed::Owned(bytes) => write(&self.queue, bytes),
-            };
-            match written {
+            let parts = [start, first, second].map(IoSlice::new);
+            match writev(&self.queue, &parts) {
                 Ok(_) => return,
                 Err(Errno::EAGAIN) => {}
                 Err(error) => return self.on_refused(error),
@@ -300,12 +323,25 @@ impl Writer {
         }
         if self.overflow.len() == OVERFLOW_MAX {
             self.lost += 1;
-            return;
+        } else {
+            self.overflow.push_back([start, first, second].concat());
         }
-        self.overflow.push_back(match packet {
-            Framed::InBuffer => self.buffer[..self.start + self.len].to_vec(),
-            Framed::Owned(bytes) => bytes,
-        });
+    }
+
+    /// Writes a frame with its virtio header.
+    fn write_frame(&mut self, frame: Vec<u8>) {
+        if self.overflow.is_empty() {
+            match write(&self.queue, &frame) {
+                Ok(_) => return,
+                Err(Errno::EAGAIN) => {}
+                Err(error) => return self.on_refused(error),
+            }
+        }
+        if self.overflow.len() == OVERFLOW_MAX {
+            self.lost += 1;
+        } else {
+            self.overflow.push_back(frame);
+        }
     }
 
     /// Writes one packet that waited; only EAGAIN is handed on.
@@ -323,13 +359,6 @@ impl Writer {
         self.lost += 1;
         tracing::debug!(%error, "the TUN device refused a packet");
     }
-}
-
-/// A packet with its header.
-enum Framed {
-    /// In [`Writer::buffer`].
-    InBuffer,
-    Owned(Vec<u8>),
 }
 
 /// The virtio header for a packet of the engine, behind a link header of `link_len` bytes.
@@ -422,8 +451,13 @@ mod tests {
         let (_, mut writer) = split(ours.into(), true, None);
         let mut sent = 0_u32;
         let mut send = |writer: &mut Writer| {
-            writer.packet_buffer(4).copy_from_slice(&sent.to_ne_bytes());
-            writer.send(&out(20, None, None));
+            let (packet, [a, b, c, d]) = (out(20, None, None), sent.to_ne_bytes());
+            if sent.is_multiple_of(2) {
+                writer.packet_buffer(4).copy_from_slice(&[a, b, c, d]);
+                writer.send(&packet);
+            } else {
+                writer.send_parts(&packet, &[a], (&[b, c], &[d]));
+            }
             sent += 1;
         };
         while writer.has_room() {

@@ -341,6 +341,10 @@ impl World for ShardWorld {
         self.device.send(&packet);
     }
 
+    fn send_parts(&mut self, packet: PacketOut, headers: &[u8], payload: (&[u8], &[u8])) {
+        self.device.send_parts(&packet, headers, payload);
+    }
+
     fn upstream(&mut self, id: FlowId, command: UpstreamCommand<'_>) {
         let is_send = matches!(command, UpstreamCommand::Send { .. });
         if !is_send && self.gathered.flow() == Some(id) {

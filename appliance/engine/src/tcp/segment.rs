@@ -9,6 +9,9 @@ use crate::packet::{TcpFlags, TcpView, checksum, ip_header_len, write_ip_header}
 /// A TCP header without options, in bytes.
 pub(super) const TCP_HEADER_LEN: usize = 20;
 
+/// The longest headers of a segment without options.
+pub(super) const HEADERS_MAX: usize = 40 + TCP_HEADER_LEN;
+
 /// Where the checksum is in a TCP header.
 pub(super) const TCP_CHECKSUM_OFFSET: u16 = 16;
 
@@ -51,7 +54,7 @@ impl Control {
     pub(crate) fn send(&self, ingress: IngressId, flow: Option<FlowId>, world: &mut dyn World) {
         let header_len = ip_header_len(self.source.ip());
         let packet = world.packet_buffer(header_len + TCP_HEADER_LEN);
-        self.write(packet, &[], (&[], &[]));
+        self.write(packet, &[], 0);
         world.send_packet(PacketOut {
             ingress,
             flow,
@@ -61,12 +64,12 @@ impl Control {
         });
     }
 
-    /// Writes the packet; the checksum field holds the pseudo-header's sum. `options` is padded to words; the payload
-    /// comes in two parts.
-    pub(super) fn write(&self, packet: &mut [u8], options: &[u8], payload: (&[u8], &[u8])) {
+    /// Writes the headers of a packet with `payload_len` bytes of data; the checksum field holds the pseudo-header's
+    /// sum. `options` is padded to words.
+    pub(super) fn write(&self, headers: &mut [u8], options: &[u8], payload_len: usize) {
         let (source, destination) = (self.source.ip(), self.destination.ip());
-        let (ip, tcp) = packet.split_at_mut(ip_header_len(source));
-        let tcp_len = tcp.len();
+        let (ip, tcp) = headers.split_at_mut(ip_header_len(source));
+        let tcp_len = tcp.len() + payload_len;
         write_ip_header(ip, source, destination, PROTOCOL_TCP, tcp_len, DONT_FRAGMENT);
         let (header, rest) = tcp
             .split_first_chunk_mut::<TCP_HEADER_LEN>()
@@ -81,14 +84,7 @@ impl Control {
         let sum = checksum::pseudo_header(source, destination, PROTOCOL_TCP, tcp_len);
         header[16..18].copy_from_slice(&sum.to_be_bytes());
         header[18..20].fill(0);
-        if rest.is_empty() {
-            return; // most ACKs
-        }
-        let (place, data) = rest.split_at_mut(options.len());
-        place.copy_from_slice(options);
-        let (first, second) = data.split_at_mut(payload.0.len());
-        first.copy_from_slice(payload.0);
-        second.copy_from_slice(payload.1);
+        rest.copy_from_slice(options);
     }
 }
 
@@ -144,7 +140,7 @@ impl Syn {
             bytes: [0; 72],
             len: total,
         };
-        control.write(&mut packet.bytes[..total], &options[..len], (&[], &[]));
+        control.write(&mut packet.bytes[..total], &options[..len], 0);
         packet
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::receive::Told;
 use super::recovery::{Ack, Block, CongestionControl, Recovery, Setup, Transmit, Unacceptable};
 use super::ring::Ring;
-use super::segment::{Control, TCP_CHECKSUM_OFFSET, TCP_HEADER_LEN};
+use super::segment::{Control, HEADERS_MAX, TCP_CHECKSUM_OFFSET, TCP_HEADER_LEN};
 use crate::addr::{FlowId, IngressId};
 use crate::io::{PacketOut, World};
 use crate::packet::{TcpFlags, TcpView};
@@ -206,7 +206,8 @@ impl SendHalf {
         } else if len > 0 && end == self.given {
             flags |= TcpFlags::PSH;
         }
-        let packet = world.packet_buffer(usize::from(self.start.header_len) + TCP_HEADER_LEN + len);
+        let mut headers = [0; HEADERS_MAX];
+        let headers = &mut headers[..usize::from(self.start.header_len) + TCP_HEADER_LEN];
         Control {
             source: self.start.source,
             destination: self.start.destination,
@@ -215,9 +216,9 @@ impl SendHalf {
             acknowledgment: told.acknowledgment,
             window: told.window,
         }
-        .write(packet, &[], payload);
+        .write(headers, &[], len);
         let is_super = len > usize::from(self.start.segment_size);
-        world.send_packet(PacketOut {
+        let packet = PacketOut {
             ingress: self.start.ingress,
             flow: Some(self.start.flow),
             header_len: self.start.header_len,
@@ -227,7 +228,8 @@ impl SendHalf {
             } else {
                 None
             },
-        });
+        };
+        world.send_parts(packet, headers, payload);
         true
     }
 }

@@ -330,7 +330,7 @@ impl Stack {
     fn send_control(&self, control: Control, options: &[u8], world: &mut dyn World) {
         let header_len = self.header_len();
         let packet = world.packet_buffer(usize::from(header_len) + TCP_HEADER_LEN + options.len());
-        control.write(packet, options, (&[], &[]));
+        control.write(packet, options, 0);
         world.send_packet(PacketOut {
             ingress: self.setup.ingress,
             flow: Some(self.setup.flow),
