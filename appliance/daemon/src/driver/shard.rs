@@ -11,12 +11,14 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, ppoll};
 use tungate_engine::io::{UpstreamError, UpstreamEvent};
 use tungate_engine::packet::PacketView;
 use tungate_engine::{
@@ -42,6 +44,8 @@ const PACKETS_PER_TURN: usize = 64;
 const DATAGRAMS_PER_TURN: usize = 32;
 /// Turns of flows and flushes before the poll is asked.
 const ROUNDS_PER_TURN: usize = 4;
+/// A wait that is longer may be as much as a millisecond too long.
+const COARSE: Duration = Duration::from_millis(20);
 /// What one poll reports at most.
 const EVENTS: usize = 1024;
 
@@ -189,10 +193,7 @@ impl Shard {
                 deadline.map(|deadline| deadline.at.since(self.clock.now()))
             };
             logs::hand_over();
-            match self.poll.poll(&mut events, timeout) {
-                Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
-                Ok(()) | Err(_) => {}
-            }
+            self.wait(&mut events, timeout)?;
             self.world.now = self.clock.now();
             let mut has_mail = false;
             for event in &events {
@@ -218,6 +219,27 @@ impl Shard {
                 self.draining = false;
                 let _ = self.reports.send(Report::Drained);
             }
+        }
+    }
+
+    /// Waits until something comes, or for `timeout`; `None`: for as long as it takes.
+    fn wait(&mut self, events: &mut Events, mut timeout: Option<Duration>) -> io::Result<()> {
+        // The poll counts in whole milliseconds: too coarse for what is paced.
+        if let Some(fine) = timeout
+            && !fine.is_zero()
+            && fine < COARSE
+        {
+            // SAFETY: the poll owns the descriptor and outlives the call.
+            let poll = unsafe { BorrowedFd::borrow_raw(self.poll.as_raw_fd()) };
+            let mut fds = [PollFd::new(poll, PollFlags::POLLIN)];
+            match ppoll(&mut fds, Some(fine.into()), None) {
+                Ok(_) | Err(Errno::EINTR) => timeout = Some(Duration::ZERO),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        match self.poll.poll(events, timeout) {
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
+            Ok(()) | Err(_) => Ok(()),
         }
     }
 
