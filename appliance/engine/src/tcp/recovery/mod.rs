@@ -61,6 +61,11 @@ const PACING_CREDIT: Duration = Duration::from_millis(1);
 /// A paced packet takes about this long at the pacing rate, and is of two segments at least.
 const PACING_QUANTUM: Duration = Duration::from_micros(250);
 
+/// Whoever is nearer gets super-packets as soon as the window has room: timers are no finer than such a path's round
+/// trip, and its queues are those of hosts, which hold a window. Linux, too, makes packets larger there than its pace
+/// asks for (`tcp_tso_rtt_log`).
+const NEAR: Duration = Duration::from_millis(1);
+
 /// What a sender starts from.
 #[derive(Debug, Clone, Copy)]
 pub struct Setup {
@@ -933,7 +938,7 @@ impl Recovery {
         {
             return Some(probe);
         }
-        let pacing_rate = self.congestion.pacing_rate();
+        let pacing_rate = self.pacing_rate();
         if pacing_rate.is_some()
             && self.paced_until > now
             && (self.board.lost() > 0 || queued_end > self.board.sent())
@@ -961,6 +966,12 @@ impl Recovery {
             return self.send_lost(now, most);
         }
         self.send_new(now, most)
+    }
+
+    /// Bytes per second, where what is sent is paced.
+    fn pacing_rate(&self) -> Option<u64> {
+        let is_near = self.round_trip.minimum().is_some_and(|rtt| rtt < NEAR);
+        self.congestion.pacing_rate().filter(|_| !is_near)
     }
 
     /// What one packet may carry: whole segments.
@@ -1198,7 +1209,7 @@ impl Recovery {
         if let Some(reduction) = &mut self.reduction {
             reduction.on_sent(len);
         }
-        if let Some(rate) = self.congestion.pacing_rate() {
+        if let Some(rate) = self.pacing_rate() {
             self.paced_until = self.paced_until.max(now - PACING_CREDIT) + time_for(len, rate);
         }
         if retransmission {
