@@ -1,6 +1,8 @@
 //! Changes carried out over netlink.
 
 use std::io;
+use std::net::{IpAddr, Ipv6Addr};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use futures_util::TryStreamExt;
@@ -15,6 +17,9 @@ use tokio::task::JoinHandle;
 
 use super::plan::{Change, PRIORITY, PROTOCOL, Route, RouteTo, Rule, TABLE, Then};
 use super::sysctl;
+
+/// An IPv6 address that is not usable by then has to wait for something else, such as a link without carrier.
+const SETTLED_WITHIN: Duration = Duration::from_secs(2);
 
 /// A connection to the kernel's routing, of the network namespace it was made in.
 pub(super) struct Netlink {
@@ -203,6 +208,9 @@ impl Netlink {
         message.header.address_family = family(route.ipv6);
         match &route.to {
             RouteTo::Device { device, source } => {
+                if let IpAddr::V6(address) = source {
+                    self.settle(*address).await;
+                }
                 let index = self.index(device).await?;
                 message.header.kind = RouteType::Unicast;
                 message.header.scope = if route.ipv6 {
@@ -223,6 +231,24 @@ impl Netlink {
             }
         }
         self.handle.route().add(message).execute().await.map_err(plain)
+    }
+
+    /// Waits until packets for an IPv6 address of ours are taken. The kernel sees to that by itself, a moment after the
+    /// address has been added and its device turned on; answers that come before would be lost.
+    async fn settle(&self, address: Ipv6Addr) {
+        let route = RouteMessageBuilder::<Ipv6Addr>::new()
+            .destination_prefix(address, 128)
+            .build();
+        let since = Instant::now();
+        while since.elapsed() < SETTLED_WITHIN {
+            let found = self.handle.route().get(route.clone()).execute();
+            let found: Vec<_> = found.try_collect().await.unwrap_or_default();
+            if found.iter().any(|route| route.header.kind == RouteType::Local) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        tracing::debug!(%address, "the kernel does not take packets for an address of ours yet");
     }
 
     async fn add_rule(&self, rule: &Rule) -> Result<()> {
