@@ -244,8 +244,9 @@ impl Engine {
         };
         // Lists come before everything else, and a drop by list touches no state but counters: the pre-filter, which
         // keeps such packets from getting here, must make no difference.
-        if let Some((reason, rule)) =
-            self.judge(view.source(), view.destination(), view.protocol(), view.port())
+        if !self.policy.lists().is_empty()
+            && let Some((reason, rule)) =
+                self.judge(view.source(), view.destination(), view.protocol(), view.port())
         {
             return self.drop_packet(reason, Some(rule), None, world);
         }
@@ -284,11 +285,10 @@ impl Engine {
         protocol: Option<u8>,
         port: Option<u16>,
     ) -> Option<(DropReason, RuleRef)> {
-        let lists = self.policy.lists();
-        if lists.is_empty() {
-            return None;
-        }
-        let found = lists.judge(source, destination, protocol, port, self.unix_time())?;
+        let found = self
+            .policy
+            .lists()
+            .judge(source, destination, protocol, port, self.unix_time())?;
         match found.action {
             ListAction::Allow => None,
             ListAction::Deny => {
@@ -480,18 +480,19 @@ impl Engine {
     }
 
     fn next_deadline(&self) -> Option<Deadline> {
-        let reassembly = self.reassembler.next_deadline().map(|at| Deadline {
-            at,
-            reason: WakeReason::Reassembly,
-        });
-        let policy = self.policy_due.map(|at| Deadline {
-            at,
-            reason: WakeReason::Policy,
-        });
-        [self.timers.next(), reassembly, policy]
-            .into_iter()
-            .flatten()
-            .min_by_key(|deadline| deadline.at)
+        let mut next = self.timers.next();
+        let others = [
+            (self.reassembler.next_deadline(), WakeReason::Reassembly),
+            (self.policy_due, WakeReason::Policy),
+        ];
+        for (at, reason) in others {
+            if let Some(at) = at
+                && next.is_none_or(|next| at < next.at)
+            {
+                next = Some(Deadline { at, reason });
+            }
+        }
+        next
     }
 
     /// Ends a flow: tells the upstream, accounts for it, and lets go of it.

@@ -26,33 +26,12 @@ impl Keyed for Flow {
             Self::Session(session) => session.key(),
         }
     }
-
-    #[inline(always)]
-    fn has_key(&self, key: &FlowKey) -> bool {
-        match (self, key) {
-            (
-                Self::Tcp(flow),
-                FlowKey::Tcp {
-                    ingress,
-                    client,
-                    target,
-                },
-            ) => flow.client == *client && flow.target == *target && flow.ingress == *ingress,
-            (Self::Session(session), key) => session.key() == *key,
-            (Self::Tcp(_), FlowKey::Udp { .. } | FlowKey::Icmp { .. }) => false,
-        }
-    }
 }
 
 /// Something that the flow table can find.
 pub(crate) trait Keyed {
     /// The key it is found by, the same for as long as it is in the table.
     fn key(&self) -> FlowKey;
-
-    /// Whether that is `key`.
-    fn has_key(&self, key: &FlowKey) -> bool {
-        self.key() == *key
-    }
 }
 
 /// What tells one flow from another. VLAN tags are no part of it: some paths tag one direction only.
@@ -232,19 +211,14 @@ impl<F: Keyed> FlowTable<F> {
 
     /// Finds the flow with this key.
     pub(crate) fn find(&self, key: &FlowKey) -> Option<FlowId> {
-        self.find_hashed(self.hasher.flow(key), key)
+        self.find_hashed(self.hasher.flow(key), |flow| flow.key() == *key)
     }
 
-    /// Finds the flow with this key, whose hash is known.
+    /// Finds the flow whose key has this hash.
     #[inline(always)]
-    pub(crate) fn find_hashed(&self, hash: u64, key: &FlowKey) -> Option<FlowId> {
-        let has_key = |&slot: &u32| {
-            self.slots[slot as usize]
-                .flow
-                .as_ref()
-                .is_some_and(|flow| flow.has_key(key))
-        };
-        let slot = *self.by_key.find(hash, has_key)?;
+    pub(crate) fn find_hashed(&self, hash: u64, is_it: impl Fn(&F) -> bool) -> Option<FlowId> {
+        let is_there = |&slot: &u32| self.slots[slot as usize].flow.as_ref().is_some_and(&is_it);
+        let slot = *self.by_key.find(hash, is_there)?;
         Some(FlowId::new(
             self.shard,
             self.slots[slot as usize].generation,

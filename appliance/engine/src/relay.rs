@@ -29,29 +29,84 @@ pub(crate) enum Inspection {
     },
 }
 
+type Make = fn() -> Box<Inspected<dyn Inspector>>;
+
 /// One flow's relay stage, from the client to the upstream.
 pub(crate) struct Relay {
     /// Made when the first bytes come: most flows of a flood or a scan never send any.
-    make: Option<fn() -> Box<dyn Inspector>>,
-    inspector: Option<Box<dyn Inspector>>,
+    make: Option<Make>,
+    /// Gone once there is nothing more to do.
+    inspected: Option<Box<Inspected<dyn Inspector>>>,
+    given: u64,
+}
+
+/// What there is to be known of a flow while its inspector is at work.
+pub(crate) struct Inspected<I: ?Sized> {
     /// Bytes of the inspector's own that are still to be lent.
     before: Vec<u8>,
     /// Bytes at the head of the client's buffer that have passed inspection and are still to be taken.
     passed: usize,
-    given: u64,
     name: Option<String>,
+    is_done: bool,
+    inspector: I,
+}
+
+impl<I: Inspector> Inspected<I> {
+    pub(crate) fn by(inspector: I) -> Box<Self> {
+        Box::new(Self {
+            before: Vec::new(),
+            passed: 0,
+            name: None,
+            is_done: false,
+            inspector,
+        })
+    }
+}
+
+impl Inspected<dyn Inspector> {
+    fn inspect(&mut self, bytes: &[u8], is_last: bool) {
+        if self.is_done || bytes.len() <= self.passed {
+            return;
+        }
+        match self.inspector.inspect(&bytes[self.passed..], is_last) {
+            Inspection::Hold if !is_last => {}
+            Inspection::Hold | Inspection::Pass => self.passed = bytes.len(),
+            Inspection::Done { before, name } => {
+                self.before = before;
+                self.name = name;
+                self.is_done = true;
+            }
+        }
+    }
+
+    /// Lends as [`Relay::lend`] does.
+    fn lend(&mut self, bytes: &[u8], take: impl FnOnce(&[u8]) -> usize) -> (usize, usize) {
+        if !self.before.is_empty() {
+            let taken = take(&self.before).min(self.before.len());
+            self.before.drain(..taken);
+            return (0, taken);
+        }
+        let may_pass = if self.is_done { bytes.len() } else { self.passed };
+        if may_pass == 0 {
+            return (0, 0);
+        }
+        let taken = take(&bytes[..may_pass]).min(may_pass);
+        self.passed = self.passed.saturating_sub(taken);
+        (taken, taken)
+    }
+
+    fn has_ended(&self) -> bool {
+        self.is_done && self.before.is_empty() && self.name.is_none()
+    }
 }
 
 impl Relay {
     /// A relay stage with an inspector.
-    pub(crate) fn inspected_by(make: fn() -> Box<dyn Inspector>) -> Self {
+    pub(crate) fn inspected_by(make: Make) -> Self {
         Self {
             make: Some(make),
-            inspector: None,
-            before: Vec::new(),
-            passed: 0,
+            inspected: None,
             given: 0,
-            name: None,
         }
     }
 
@@ -62,12 +117,20 @@ impl Relay {
 
     /// Whether bytes that do not stand in the client's buffer wait to be lent.
     pub(crate) fn has_bytes_before(&self) -> bool {
-        !self.before.is_empty()
+        let Some(inspected) = &self.inspected else {
+            return false;
+        };
+        !inspected.before.is_empty()
     }
 
     /// Takes the server's name, once it is known.
     pub(crate) fn take_name(&mut self) -> Option<String> {
-        self.name.take()
+        let inspected = self.inspected.as_mut()?;
+        let name = inspected.name.take()?;
+        if inspected.has_ended() {
+            self.inspected = None;
+        }
+        Some(name)
     }
 
     /// Lends what may pass of `bytes`, the client's bytes that wait. Returns how many of `bytes` are done with, and how
@@ -79,39 +142,25 @@ impl Relay {
         take: impl FnOnce(&[u8]) -> usize,
     ) -> (usize, usize) {
         if let Some(make) = self.make.take() {
-            self.inspector = Some(make());
+            self.inspected = Some(make());
         }
-        if let Some(inspector) = &mut self.inspector
-            && bytes.len() > self.passed
-        {
-            match inspector.inspect(&bytes[self.passed..], is_last) {
-                Inspection::Hold if !is_last => {}
-                Inspection::Hold | Inspection::Pass => self.passed = bytes.len(),
-                Inspection::Done { before, name } => {
-                    self.before = before;
-                    self.name = name;
-                    self.inspector = None;
+        let (done, taken) = match &mut self.inspected {
+            Some(inspected) => {
+                inspected.inspect(bytes, is_last);
+                let lent = inspected.lend(bytes, take);
+                if inspected.has_ended() {
+                    self.inspected = None;
                 }
+                lent
             }
-        }
-        if !self.before.is_empty() {
-            let taken = take(&self.before).min(self.before.len());
-            self.before.drain(..taken);
-            self.given += taken as u64;
-            return (0, taken);
-        }
-        let may_pass = if self.inspector.is_some() {
-            self.passed
-        } else {
-            bytes.len()
+            None if bytes.is_empty() => (0, 0),
+            None => {
+                let taken = take(bytes).min(bytes.len());
+                (taken, taken)
+            }
         };
-        if may_pass == 0 {
-            return (0, 0);
-        }
-        let taken = take(&bytes[..may_pass]).min(may_pass);
-        self.passed = self.passed.saturating_sub(taken);
         self.given += taken as u64;
-        (taken, taken)
+        (done, taken)
     }
 }
 
@@ -179,7 +228,7 @@ mod tests {
 
     #[test]
     fn held_bytes_are_lent_once_the_inspector_has_seen_enough() {
-        let mut relay = Relay::inspected_by(|| Box::new(Introduce));
+        let mut relay = Relay::inspected_by(|| Inspected::by(Introduce));
         assert_eq!(drain(&mut relay, b"GET", false), (vec![], 0));
         assert_eq!(
             drain(&mut relay, b"GET /\n", false),
@@ -195,13 +244,13 @@ mod tests {
 
     #[test]
     fn bytes_are_not_held_for_ever() {
-        let mut relay = Relay::inspected_by(|| Box::new(Introduce));
+        let mut relay = Relay::inspected_by(|| Inspected::by(Introduce));
         assert_eq!(drain(&mut relay, b"no line", true), (b"no line".to_vec(), 7));
     }
 
     #[test]
     fn a_name_is_found_while_its_bytes_pass() {
-        let mut relay = Relay::inspected_by(|| Box::new(NameWatcher::new()));
+        let mut relay = Relay::inspected_by(|| Inspected::by(NameWatcher::new()));
         let request = b"GET / HTTP/1.1\r\nHost: example.com\r\n\r\n";
         let (given, done) = drain(&mut relay, &request[..20], false);
         assert_eq!((given.as_slice(), done), (&request[..20], 20));

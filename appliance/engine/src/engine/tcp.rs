@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::{Engine, Room, mark_dirty};
 use crate::addr::{FlowId, IngressId, Protocol};
 use crate::event::{CloseReason, DropReason, Event};
-use crate::flow::{Flow, FlowKey};
+use crate::flow::Flow;
 use crate::io::{IcmpError, Judgement, Open, UpstreamCommand, UpstreamError, UpstreamEvent, World};
 use crate::packet::{Datagram, PacketView, TcpView};
 use crate::policy::{Action, Decision};
@@ -28,20 +28,13 @@ impl Engine {
         segment: &TcpView<'_>,
         world: &mut dyn World,
     ) -> Judgement {
-        let client = SocketAddr::new(view.source(), segment.source_port);
-        let target = SocketAddr::new(view.destination(), segment.destination_port);
-        let key = FlowKey::Tcp {
-            ingress,
-            client,
-            target,
-        };
+        let client = (view.source(), segment.source_port);
+        let target = (view.destination(), segment.destination_port);
         let is_first = segment.flags.syn() && !segment.flags.ack();
-        let hash = self.hasher.tcp(
-            ingress,
-            (view.source(), segment.source_port),
-            (view.destination(), segment.destination_port),
-        );
-        if let Some(id) = self.flows.find_hashed(hash, &key) {
+        let hash = self.hasher.tcp(ingress, client, target);
+        let is_its_flow =
+            |flow: &Flow| matches!(flow, Flow::Tcp(flow) if flow.is_between(ingress, client, target));
+        if let Some(id) = self.flows.find_hashed(hash, is_its_flow) {
             let Some(Flow::Tcp(flow)) = self.flows.get_mut(id) else {
                 unreachable!("TCP keys name TCP flows")
             };
@@ -67,6 +60,7 @@ impl Engine {
             }
             self.end(id, CloseReason::Replaced, world);
         }
+        let (client, target) = (SocketAddr::from(client), SocketAddr::from(target));
         if !is_first {
             if !segment.flags.rst() {
                 Control::reset_for(client, target, segment).send(ingress, None, world);

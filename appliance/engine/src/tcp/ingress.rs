@@ -2,7 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use super::segment::Control;
+use super::segment::{Control, Fields};
 use super::{CHALLENGE_INTERVAL, Context, Phase, TIME_WAIT, TcpFlow, distance, recovery};
 use crate::addr::FlowId;
 use crate::event::{CloseReason, DropReason};
@@ -35,10 +35,12 @@ impl TcpFlow {
                     let ack = Control {
                         source: self.target,
                         destination: self.client,
-                        flags: TcpFlags::ACK,
-                        sequence: *sequence,
-                        acknowledgment: *acknowledgment,
-                        window: *window,
+                        fields: Fields {
+                            flags: TcpFlags::ACK,
+                            sequence: *sequence,
+                            acknowledgment: *acknowledgment,
+                            window: *window,
+                        },
                     };
                     ack.send(self.ingress, None, cx.world);
                 }
@@ -137,6 +139,11 @@ impl TcpFlow {
         // What is far from the window says nothing reliable about what we have sent (RFC 9293, section 3.10.7.4).
         let is_near =
             distance(segment.sequence, limit) >= 0 && distance(expected, end) >= -(stack.capacity() as i32);
+        if !stack.is_open() && flags.ack() && !stack.is_answered_by(segment) {
+            let reset = Control::reset_for(self.client, self.target, segment);
+            reset.send(self.ingress, Some(id), cx.world);
+            return keep.map(|_| DropReason::TcpWindow);
+        }
         let received = stack.receive_queue();
         let had_fin = stack.has_client_fin();
         let was_finished = stack.is_finished();

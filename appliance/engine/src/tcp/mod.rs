@@ -36,12 +36,12 @@ mod send;
 mod stack;
 mod turn;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use self::arena::Arena;
-use self::segment::{Control, Syn, SynPacket};
+use self::segment::{Control, Fields, Syn, SynPacket};
 use self::stack::{Setup, Stack};
 use crate::addr::{FlowId, IngressId};
 use crate::config::{Clients, Config};
@@ -51,7 +51,7 @@ use crate::flow::{FlowKey, KeyHasher};
 use crate::io::{Progress, Stage, UpstreamCommand, World};
 use crate::packet::{TcpFlags, TcpView, ip_header_len};
 use crate::policy::RuleRef;
-use crate::relay::{NameWatcher, Relay};
+use crate::relay::{Inspected, NameWatcher, Relay};
 use crate::time::Timestamp;
 use crate::timers::Queued;
 
@@ -207,7 +207,7 @@ impl TcpFlow {
             challenge_at: Timestamp::ZERO,
             vacated: None,
             accepted: 0,
-            relay: Relay::inspected_by(|| Box::new(NameWatcher::new())),
+            relay: Relay::inspected_by(|| Inspected::by(NameWatcher::new())),
             conversation: None,
             upstream: Upstream::Open {
                 eof: false,
@@ -225,6 +225,17 @@ impl TcpFlow {
             client: self.client,
             target: self.target,
         }
+    }
+
+    /// Whether it is the connection between these, as [`TcpFlow::key`] has it.
+    #[inline(always)]
+    pub(crate) fn is_between(
+        &self,
+        ingress: IngressId,
+        client: (IpAddr, u16),
+        target: (IpAddr, u16),
+    ) -> bool {
+        is_endpoint(&self.client, client) && is_endpoint(&self.target, target) && self.ingress == ingress
     }
 
     /// Whether its upstream is still being connected.
@@ -391,10 +402,12 @@ impl TcpFlow {
         Control {
             source: self.target,
             destination: self.client,
-            flags: TcpFlags::RST | TcpFlags::ACK,
-            sequence: 0,
-            acknowledgment: self.syn.sequence.wrapping_add(1),
-            window: 0,
+            fields: Fields {
+                flags: TcpFlags::RST | TcpFlags::ACK,
+                sequence: 0,
+                acknowledgment: self.syn.sequence.wrapping_add(1),
+                window: 0,
+            },
         }
     }
 
@@ -478,6 +491,19 @@ impl TcpFlow {
             self.last_byte = now;
         }
         filled
+    }
+}
+
+#[inline(always)]
+fn is_endpoint(endpoint: &SocketAddr, (address, port): (IpAddr, u16)) -> bool {
+    match (endpoint, address) {
+        (SocketAddr::V4(endpoint), IpAddr::V4(address)) => {
+            endpoint.port() == port && *endpoint.ip() == address
+        }
+        (SocketAddr::V6(endpoint), IpAddr::V6(address)) => {
+            endpoint.port() == port && *endpoint.ip() == address
+        }
+        (SocketAddr::V4(_), IpAddr::V6(_)) | (SocketAddr::V6(_), IpAddr::V4(_)) => false,
     }
 }
 

@@ -16,6 +16,9 @@ use crate::time::Timestamp;
 /// ends that disagree would answer each other for ever.
 const ANSWER_INTERVAL: Duration = Duration::from_secs(1);
 
+/// An offset that no stream comes to.
+const NO_FIN: u64 = u64::MAX;
+
 /// What our segments say of what the client has sent: acknowledgment and window field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Told {
@@ -41,8 +44,8 @@ pub(super) struct ReceiveHalf {
     first: u32,
     /// Bytes that have come in order.
     received: u64,
-    /// Where FIN belongs, once it has come.
-    fin: Option<u64>,
+    /// Where FIN belongs, once it has come; before, [`NO_FIN`].
+    fin: u64,
     /// Our window scale.
     shift: u8,
     told: Told,
@@ -62,7 +65,7 @@ impl ReceiveHalf {
             gaps: Gaps::default(),
             first,
             received: 0,
-            fin: None,
+            fin: NO_FIN,
             shift,
             told: Told {
                 acknowledgment: first,
@@ -125,7 +128,7 @@ impl ReceiveHalf {
 
     /// Whether the client's FIN has come, after all its bytes.
     pub(super) fn is_finished(&self) -> bool {
-        self.fin == Some(self.received)
+        self.fin == self.received
     }
 
     pub(super) fn told(&self) -> Told {
@@ -174,7 +177,7 @@ impl ReceiveHalf {
         let taken = bytes.len().min((window - start).max(0) as usize);
         let fresh = &bytes[old.min(taken)..taken];
         if fin && taken == bytes.len() {
-            self.fin = Some(self.received.saturating_add_signed(end));
+            self.fin = self.received.saturating_add_signed(end);
         }
         if fresh.is_empty() {
             return Answer::None;

@@ -1,6 +1,6 @@
 //! TCP segments as the engine writes them, and what it keeps of a SYN.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use crate::addr::{FlowId, IngressId};
 use crate::io::{PacketOut, World};
@@ -20,15 +20,110 @@ const PROTOCOL_TCP: u8 = 6;
 /// Identification 0, which goes with the flag: such packets are never in pieces (RFC 6864).
 const DONT_FRAGMENT: [[u8; 2]; 2] = [[0, 0], [0x40, 0]];
 
-/// A segment's header; most that the engine writes have no data.
+/// The headers of one connection's segments to its client. Each segment fills in what is its own.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Headers {
+    bytes: [u8; HEADERS_MAX],
+    ip_len: u16,
+    /// Sum of the IPv4 header as it stands in `bytes`.
+    ip_sum: u16,
+    /// Sum of the pseudo-header without the length.
+    pseudo_sum: u16,
+}
+
+/// What a segment says of its own.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Fields {
+    pub(super) flags: u8,
+    pub(super) sequence: u32,
+    pub(super) acknowledgment: u32,
+    pub(super) window: u16,
+}
+
+impl Headers {
+    pub(super) fn new(source: SocketAddr, destination: SocketAddr) -> Self {
+        let mut bytes = [0; HEADERS_MAX];
+        let (from, to) = (source.ip(), destination.ip());
+        let ip_len = ip_header_len(from);
+        let (ip, tcp) = bytes.split_at_mut(ip_len);
+        write_ip_header(ip, from, to, PROTOCOL_TCP, 0, DONT_FRAGMENT);
+        let ip_sum = match from {
+            // Without checksum and length, which are filled in.
+            IpAddr::V4(_) => {
+                ip[10..12].fill(0);
+                ip[2..4].fill(0);
+                checksum::sum(ip)
+            }
+            IpAddr::V6(_) => 0,
+        };
+        tcp[0..2].copy_from_slice(&source.port().to_be_bytes());
+        tcp[2..4].copy_from_slice(&destination.port().to_be_bytes());
+        Self {
+            bytes,
+            ip_len: ip_len as u16,
+            ip_sum,
+            pseudo_sum: checksum::pseudo_header(from, to, PROTOCOL_TCP, 0),
+        }
+    }
+
+    /// Length of the IP header.
+    pub(super) fn ip_len(&self) -> u16 {
+        self.ip_len
+    }
+
+    /// Length of both headers, without options.
+    pub(super) fn len(&self) -> usize {
+        usize::from(self.ip_len) + TCP_HEADER_LEN
+    }
+
+    /// Writes the headers of a packet with `payload_len` bytes of data behind them into `headers`, which has just the
+    /// length of them and `options`; the checksum field holds the pseudo-header's sum. `options` is padded to words.
+    #[inline]
+    pub(super) fn write(&self, headers: &mut [u8], fields: Fields, options: &[u8], payload_len: usize) {
+        if self.ip_len == 20 {
+            let (header, rest) = headers
+                .split_first_chunk_mut::<40>()
+                .expect("there is room for the headers");
+            header.copy_from_slice(&self.bytes[..40]);
+            let total_len = 40 + options.len() + payload_len;
+            header[2..4].copy_from_slice(&(total_len as u16).to_be_bytes());
+            let checksum = !checksum::add(self.ip_sum, total_len as u16);
+            header[10..12].copy_from_slice(&checksum.to_be_bytes());
+            let (_, tcp) = header.split_last_chunk_mut::<TCP_HEADER_LEN>().expect("40 bytes");
+            self.write_tcp(tcp, fields, options, payload_len);
+            rest.copy_from_slice(options);
+        } else {
+            let (header, rest) = headers
+                .split_first_chunk_mut::<HEADERS_MAX>()
+                .expect("there is room for the headers");
+            *header = self.bytes;
+            let tcp_len = TCP_HEADER_LEN + options.len() + payload_len;
+            header[4..6].copy_from_slice(&(tcp_len as u16).to_be_bytes());
+            let (_, tcp) = header.split_last_chunk_mut::<TCP_HEADER_LEN>().expect("60 bytes");
+            self.write_tcp(tcp, fields, options, payload_len);
+            rest.copy_from_slice(options);
+        }
+    }
+
+    #[inline]
+    fn write_tcp(&self, tcp: &mut [u8; TCP_HEADER_LEN], fields: Fields, options: &[u8], payload_len: usize) {
+        let header_len = TCP_HEADER_LEN + options.len();
+        tcp[4..8].copy_from_slice(&fields.sequence.to_be_bytes());
+        tcp[8..12].copy_from_slice(&fields.acknowledgment.to_be_bytes());
+        tcp[12] = ((header_len / 4) << 4) as u8;
+        tcp[13] = fields.flags;
+        tcp[14..16].copy_from_slice(&fields.window.to_be_bytes());
+        let sum = checksum::add(self.pseudo_sum, (header_len + payload_len) as u16);
+        tcp[16..18].copy_from_slice(&sum.to_be_bytes());
+    }
+}
+
+/// A segment without data that belongs to no connection which could send it, or not any more.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Control {
-    pub(crate) source: SocketAddr,
-    pub(crate) destination: SocketAddr,
-    pub(crate) flags: u8,
-    pub(crate) sequence: u32,
-    pub(crate) acknowledgment: u32,
-    pub(crate) window: u16,
+    pub(super) source: SocketAddr,
+    pub(super) destination: SocketAddr,
+    pub(super) fields: Fields,
 }
 
 impl Control {
@@ -43,48 +138,26 @@ impl Control {
         Self {
             source: target,
             destination: client,
-            flags,
-            sequence,
-            acknowledgment,
-            window: 0,
+            fields: Fields {
+                flags,
+                sequence,
+                acknowledgment,
+                window: 0,
+            },
         }
     }
 
     /// Sends it to the client.
     pub(crate) fn send(&self, ingress: IngressId, flow: Option<FlowId>, world: &mut dyn World) {
-        let header_len = ip_header_len(self.source.ip());
-        let packet = world.packet_buffer(header_len + TCP_HEADER_LEN);
-        self.write(packet, &[], 0);
+        let headers = Headers::new(self.source, self.destination);
+        headers.write(world.packet_buffer(headers.len()), self.fields, &[], 0);
         world.send_packet(PacketOut {
             ingress,
             flow,
-            header_len: header_len as u16,
+            header_len: headers.ip_len(),
             partial_checksum: Some(TCP_CHECKSUM_OFFSET),
             segment_size: None,
         });
-    }
-
-    /// Writes the headers of a packet with `payload_len` bytes of data; the checksum field holds the pseudo-header's
-    /// sum. `options` is padded to words.
-    pub(super) fn write(&self, headers: &mut [u8], options: &[u8], payload_len: usize) {
-        let (source, destination) = (self.source.ip(), self.destination.ip());
-        let (ip, tcp) = headers.split_at_mut(ip_header_len(source));
-        let tcp_len = tcp.len() + payload_len;
-        write_ip_header(ip, source, destination, PROTOCOL_TCP, tcp_len, DONT_FRAGMENT);
-        let (header, rest) = tcp
-            .split_first_chunk_mut::<TCP_HEADER_LEN>()
-            .expect("there is room for a header");
-        header[0..2].copy_from_slice(&self.source.port().to_be_bytes());
-        header[2..4].copy_from_slice(&self.destination.port().to_be_bytes());
-        header[4..8].copy_from_slice(&self.sequence.to_be_bytes());
-        header[8..12].copy_from_slice(&self.acknowledgment.to_be_bytes());
-        header[12] = (((TCP_HEADER_LEN + options.len()) / 4) << 4) as u8;
-        header[13] = self.flags;
-        header[14..16].copy_from_slice(&self.window.to_be_bytes());
-        let sum = checksum::pseudo_header(source, destination, PROTOCOL_TCP, tcp_len);
-        header[16..18].copy_from_slice(&sum.to_be_bytes());
-        header[18..20].fill(0);
-        rest.copy_from_slice(options);
     }
 }
 
@@ -127,20 +200,19 @@ impl Syn {
         if self.sack_permitted {
             put(&[1, 1, 4, 2]);
         }
-        let control = Control {
-            source: client,
-            destination: target,
+        let fields = Fields {
             flags: TcpFlags::SYN,
             sequence: self.sequence,
             acknowledgment: 0,
             window: self.window,
         };
-        let total = ip_header_len(client.ip()) + TCP_HEADER_LEN + len;
+        let headers = Headers::new(client, target);
+        let total = headers.len() + len;
         let mut packet = SynPacket {
             bytes: [0; 72],
             len: total,
         };
-        control.write(&mut packet.bytes[..total], &options[..len], 0);
+        headers.write(&mut packet.bytes[..total], fields, &options[..len], 0);
         packet
     }
 }
@@ -178,7 +250,7 @@ mod tests {
                 header_len: 20,
                 payload,
             };
-            let reset = Control::reset_for(endpoint("10.0.0.2:1"), endpoint("192.0.2.1:2"), &segment);
+            let reset = Control::reset_for(endpoint("10.0.0.2:1"), endpoint("192.0.2.1:2"), &segment).fields;
             (reset.sequence, reset.acknowledgment, reset.flags)
         };
         let (syn, fin, rst, ack) = (TcpFlags::SYN, TcpFlags::FIN, TcpFlags::RST, TcpFlags::ACK);

@@ -3,16 +3,15 @@
 //! [`Recovery`] decides what leaves when; this module translates between its offsets and sequence numbers, and writes
 //! the segments.
 
-use std::net::SocketAddr;
 use std::num::NonZeroU16;
 use std::time::Duration;
 
 use super::receive::Told;
 use super::recovery::{Ack, Block, CongestionControl, Recovery, Setup, Transmit, Unacceptable};
 use super::ring::Ring;
-use super::segment::{Control, HEADERS_MAX, TCP_CHECKSUM_OFFSET, TCP_HEADER_LEN};
-use crate::addr::{FlowId, IngressId};
-use crate::io::{PacketOut, World};
+use super::segment::{Fields, HEADERS_MAX};
+use super::stack::Way;
+use crate::io::World;
 use crate::packet::{TcpFlags, TcpView};
 use crate::time::Timestamp;
 
@@ -28,11 +27,8 @@ const BLOCKS_MAX: usize = 4;
 /// What a send half starts from.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Start {
-    pub(super) source: SocketAddr,
-    pub(super) destination: SocketAddr,
-    pub(super) ingress: IngressId,
-    pub(super) flow: FlowId,
-    pub(super) header_len: u16,
+    /// Length of both headers, without options.
+    pub(super) headers_len: usize,
     /// Payload bytes per packet on the wire.
     pub(super) segment_size: u16,
     /// Our initial sequence number.
@@ -108,9 +104,25 @@ impl SendHalf {
             sequence: segment.sequence,
             carries_data: segment.sequence_len() > 0,
         };
-        let mut blocks = [Block { start: 0, end: 0 }; BLOCKS_MAX];
+        if segment.options.sack.is_empty() {
+            let freed = self.recovery.on_ack(now, &ack, &[])?;
+            if freed == 0 {
+                return Ok(());
+            }
+            self.free(freed, ring);
+        } else {
+            let mut blocks = [Block { start: 0, end: 0 }; BLOCKS_MAX];
+            let count = self.blocks_of(segment.options.sack, &mut blocks);
+            let freed = self.recovery.on_ack(now, &ack, &blocks[..count])?;
+            self.free(freed, ring);
+        }
+        Ok(())
+    }
+
+    /// Writes down the sound ones of a segment's selective acknowledgments. Returns how many there are.
+    fn blocks_of(&self, sack: &[[u8; 8]], blocks: &mut [Block; BLOCKS_MAX]) -> usize {
         let mut count = 0;
-        for block in segment.options.sack.iter().take(BLOCKS_MAX) {
+        for block in sack.iter().take(BLOCKS_MAX) {
             let [a, b, c, d, e, f, g, h] = *block;
             let start = self.offset_of(u32::from_be_bytes([a, b, c, d]));
             let end = self.offset_of(u32::from_be_bytes([e, f, g, h]));
@@ -121,7 +133,11 @@ impl SendHalf {
                 count += 1;
             }
         }
-        let freed = self.recovery.on_ack(now, &ack, &blocks[..count])?;
+        count
+    }
+
+    /// Forgets bytes that the client has, and lets the buffer grow with the window.
+    fn free(&mut self, freed: u64, ring: &mut Ring) {
         ring.release(ring.len().min(usize::try_from(freed).unwrap_or(usize::MAX)));
         ring.rewind();
         if self.start.congestion != CongestionControl::None {
@@ -129,7 +145,6 @@ impl SendHalf {
             let window = self.recovery.window().saturating_mul(3);
             ring.grow(usize::try_from(window).unwrap_or(usize::MAX));
         }
-        Ok(())
     }
 
     /// `bytes` more have been put into the ring.
@@ -184,7 +199,14 @@ impl SendHalf {
     }
 
     /// Sends one packet, if there is one to send. Returns whether it did.
-    pub(super) fn send(&mut self, now: Timestamp, ring: &Ring, told: Told, world: &mut dyn World) -> bool {
+    pub(super) fn send(
+        &mut self,
+        now: Timestamp,
+        ring: &Ring,
+        told: Told,
+        way: &Way,
+        world: &mut dyn World,
+    ) -> bool {
         let base = self.recovery.acknowledged();
         let Some(transmit) = self.recovery.next_transmit(now, self.end()) else {
             return false;
@@ -207,36 +229,26 @@ impl SendHalf {
             flags |= TcpFlags::PSH;
         }
         let mut headers = [0; HEADERS_MAX];
-        let headers = &mut headers[..usize::from(self.start.header_len) + TCP_HEADER_LEN];
-        Control {
-            source: self.start.source,
-            destination: self.start.destination,
+        let headers = &mut headers[..way.headers.len()];
+        let fields = Fields {
             flags,
             sequence: self.sequence_of(start),
             acknowledgment: told.acknowledgment,
             window: told.window,
-        }
-        .write(headers, &[], len);
-        let is_super = len > usize::from(self.start.segment_size);
-        let packet = PacketOut {
-            ingress: self.start.ingress,
-            flow: Some(self.start.flow),
-            header_len: self.start.header_len,
-            partial_checksum: Some(TCP_CHECKSUM_OFFSET),
-            segment_size: if is_super {
-                NonZeroU16::new(self.start.segment_size)
-            } else {
-                None
-            },
         };
-        world.send_parts(packet, headers, payload);
+        way.headers.write(headers, fields, &[], len);
+        let segment_size = if len > usize::from(self.start.segment_size) {
+            NonZeroU16::new(self.start.segment_size)
+        } else {
+            None
+        };
+        world.send_parts(way.packet(segment_size), headers, payload);
         true
     }
 }
 
 /// The largest payload: whole segments only, or a short one in the middle would become a packet of its own.
 fn packet_limit(start: &Start) -> u32 {
-    let headers = usize::from(start.header_len) + TCP_HEADER_LEN;
     let size = usize::from(start.segment_size);
-    ((LARGEST_PACKET - headers) / size * size) as u32
+    ((LARGEST_PACKET - start.headers_len) / size * size) as u32
 }

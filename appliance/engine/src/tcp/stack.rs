@@ -5,16 +5,17 @@
 //! passed. Our initial sequence number is a keyed hash of the 4-tuple and the time (RFC 6528).
 
 use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::time::Duration;
 
 use super::receive::{Answer, ReceiveHalf, Told};
 use super::recovery::{CongestionControl, Unacceptable};
 use super::ring::Ring;
-use super::segment::{Control, Syn, TCP_CHECKSUM_OFFSET, TCP_HEADER_LEN};
+use super::segment::{Fields, Headers, Syn, TCP_CHECKSUM_OFFSET};
 use super::send::{SendHalf, Start};
 use crate::addr::{FlowId, IngressId};
 use crate::io::{PacketOut, World};
-use crate::packet::{TcpFlags, TcpView, ip_header_len};
+use crate::packet::{TcpFlags, TcpView};
 use crate::time::Timestamp;
 
 /// A SYN-ACK is repeated after so long, and then after twice as long each time (RFC 6298, sections 2.1 and 5.5).
@@ -41,9 +42,35 @@ pub(super) struct Setup {
     pub(super) congestion: CongestionControl,
 }
 
+/// How a connection's packets find their client.
+#[derive(Debug)]
+pub(super) struct Way {
+    pub(super) headers: Headers,
+    ingress: IngressId,
+    flow: FlowId,
+}
+
+impl Way {
+    /// What is to be said of a packet with such headers.
+    pub(super) fn packet(&self, segment_size: Option<NonZeroU16>) -> PacketOut {
+        PacketOut {
+            ingress: self.ingress,
+            flow: Some(self.flow),
+            header_len: self.headers.ip_len(),
+            partial_checksum: Some(TCP_CHECKSUM_OFFSET),
+            segment_size,
+        }
+    }
+}
+
 /// One TCP endpoint towards a client.
 pub(super) struct Stack {
-    setup: Setup,
+    way: Way,
+    syn: Syn,
+    isn: u32,
+    segment_size: u16,
+    announced_mss: u16,
+    congestion: CongestionControl,
     receive: ReceiveHalf,
     ring: Ring,
     /// `None` until the client has answered the SYN-ACK.
@@ -84,7 +111,16 @@ impl Stack {
         let first = setup.syn.sequence.wrapping_add(1);
         Self {
             receive: ReceiveHalf::new(receive, first, setup.syn.window_scale.is_some()),
-            setup,
+            way: Way {
+                headers: Headers::new(setup.target, setup.client),
+                ingress: setup.ingress,
+                flow: setup.flow,
+            },
+            syn: setup.syn,
+            isn: setup.isn,
+            segment_size: setup.segment_size,
+            announced_mss: setup.announced_mss,
+            congestion: setup.congestion,
             ring: send,
             send: None,
             handshake: Handshake {
@@ -113,8 +149,13 @@ impl Stack {
         }
     }
 
+    /// Whether `segment` answers the SYN-ACK.
+    pub(super) fn is_answered_by(&self, segment: &TcpView<'_>) -> bool {
+        segment.acknowledgment == self.isn.wrapping_add(1)
+    }
+
     /// Takes a segment, of which `bytes` and `fin` are the part that there is room for, and whose acknowledgment has
-    /// been taken. It is neither a SYN nor a reset, and acknowledges nothing that was not sent.
+    /// been taken. It is neither a SYN nor a reset, and acknowledges nothing that was not sent, and the SYN-ACK at least.
     pub(super) fn on_segment(
         &mut self,
         now: Timestamp,
@@ -127,15 +168,7 @@ impl Stack {
             return; // all but the first do (RFC 9293, section 3.10.7.4)
         }
         if self.send.is_none() {
-            if segment.acknowledgment != self.setup.isn.wrapping_add(1) {
-                let (client, target) = (self.setup.client, self.setup.target);
-                Control::reset_for(client, target, segment).send(
-                    self.setup.ingress,
-                    Some(self.setup.flow),
-                    world,
-                );
-                return;
-            }
+            debug_assert!(self.is_answered_by(segment));
             if self.receive.accepts(segment.sequence, bytes.len(), fin) {
                 self.open(now, segment);
             }
@@ -152,30 +185,15 @@ impl Stack {
 
     /// The handshake is complete: sending begins.
     fn open(&mut self, now: Timestamp, first: &TcpView<'_>) {
-        let Setup {
-            ingress,
-            flow,
-            client,
-            target,
-            syn,
-            isn,
-            segment_size,
-            congestion,
-            ..
-        } = self.setup;
         let handshake = &self.handshake;
         let start = Start {
-            source: target,
-            destination: client,
-            ingress,
-            flow,
-            header_len: self.header_len(),
-            segment_size,
-            isn,
-            shift: syn.window_scale.unwrap_or(0),
-            selective: syn.sack_permitted,
+            headers_len: self.way.headers.len(),
+            segment_size: self.segment_size,
+            isn: self.isn,
+            shift: self.syn.window_scale.unwrap_or(0),
+            selective: self.syn.sack_permitted,
             handshake_rtt: (handshake.sent == 1).then(|| now.since(handshake.first_at)),
-            congestion,
+            congestion: self.congestion,
         };
         self.send = Some(SendHalf::new(start, first, &mut self.ring, now));
     }
@@ -187,13 +205,13 @@ impl Stack {
             return self.send_ack(world); // turns are for SYN-ACKs
         }
         self.ack_waits = true;
-        let block = self.receive.block().filter(|_| self.setup.syn.sack_permitted);
+        let block = self.receive.block().filter(|_| self.syn.sack_permitted);
         if let Some((start, end)) = block {
             let mut options = [0; 12];
             options[..2].copy_from_slice(&[5, 10]);
             options[2..6].copy_from_slice(&start.to_be_bytes());
             options[6..10].copy_from_slice(&end.to_be_bytes());
-            let ack = self.control(TcpFlags::ACK, self.receive.told());
+            let ack = self.fields(TcpFlags::ACK, self.receive.told());
             self.send_control(ack, &options, world);
             self.ack_waits = false;
         }
@@ -227,10 +245,10 @@ impl Stack {
             if !world.has_room() && (self.ack_waits || send.may_send()) {
                 return Sending::Blocked;
             }
-            if !send.send(now, &self.ring, self.receive.told(), world) {
+            if !send.send(now, &self.ring, self.receive.told(), &self.way, world) {
                 let due = send.deadline();
                 if std::mem::take(&mut self.ack_waits) {
-                    let ack = self.control(TcpFlags::ACK, self.receive.told());
+                    let ack = self.fields(TcpFlags::ACK, self.receive.told());
                     self.send_control(ack, &[], world);
                 }
                 return Sending::Done { due };
@@ -262,12 +280,12 @@ impl Stack {
     }
 
     fn send_syn_ack(&mut self, world: &mut dyn World) {
-        let Setup {
+        let Self {
             syn,
             isn,
             announced_mss,
             ..
-        } = self.setup;
+        } = *self;
         let mut options = [0; 12];
         let mut len = 0;
         let mut put = |bytes: &[u8]| {
@@ -282,11 +300,11 @@ impl Stack {
         if syn.sack_permitted {
             put(&[4, 2]);
         }
-        let syn_ack = Control {
+        let syn_ack = Fields {
             sequence: isn,
             // It is not scaled (RFC 7323, section 2.2).
             window: u16::try_from(self.receive.window()).unwrap_or(u16::MAX),
-            ..self.control(TcpFlags::SYN | TcpFlags::ACK, self.receive.told())
+            ..self.fields(TcpFlags::SYN | TcpFlags::ACK, self.receive.told())
         };
         self.send_control(syn_ack, &options[..len.next_multiple_of(4)], world);
         self.sent = Some(isn.wrapping_add(1));
@@ -297,14 +315,14 @@ impl Stack {
         while self.send.is_some() && world.has_room() && matches!(self.send(now, 1, world), Sending::More) {}
         if self.sent.is_some() {
             let told = self.now_told();
-            self.send_control(self.control(TcpFlags::RST | TcpFlags::ACK, told), &[], world);
+            self.send_control(self.fields(TcpFlags::RST | TcpFlags::ACK, told), &[], world);
         }
     }
 
     /// Sends an ACK that says how things are, outside its turn.
     pub(super) fn send_ack(&self, world: &mut dyn World) {
         if self.sent.is_some() {
-            self.send_control(self.control(TcpFlags::ACK, self.now_told()), &[], world);
+            self.send_control(self.fields(TcpFlags::ACK, self.now_told()), &[], world);
         }
     }
 
@@ -316,38 +334,30 @@ impl Stack {
         }
     }
 
-    fn control(&self, flags: u8, told: Told) -> Control {
-        Control {
-            source: self.setup.target,
-            destination: self.setup.client,
+    fn fields(&self, flags: u8, told: Told) -> Fields {
+        Fields {
             flags,
-            sequence: self.sent.unwrap_or(self.setup.isn),
+            sequence: self.sent.unwrap_or(self.isn),
             acknowledgment: told.acknowledgment,
             window: told.window,
         }
     }
 
-    fn send_control(&self, control: Control, options: &[u8], world: &mut dyn World) {
-        let header_len = self.header_len();
-        let packet = world.packet_buffer(usize::from(header_len) + TCP_HEADER_LEN + options.len());
-        control.write(packet, options, 0);
-        world.send_packet(PacketOut {
-            ingress: self.setup.ingress,
-            flow: Some(self.setup.flow),
-            header_len,
-            partial_checksum: Some(TCP_CHECKSUM_OFFSET),
-            segment_size: None,
-        });
-    }
-
-    fn header_len(&self) -> u16 {
-        ip_header_len(self.setup.client.ip()) as u16
+    fn send_control(&self, fields: Fields, options: &[u8], world: &mut dyn World) {
+        let headers = &self.way.headers;
+        headers.write(
+            world.packet_buffer(headers.len() + options.len()),
+            fields,
+            options,
+            0,
+        );
+        world.send_packet(self.way.packet(None));
     }
 
     /// A router towards the client carries segments of at most `size` bytes of payload.
     pub(super) fn limit_segment_size(&mut self, size_of: impl FnOnce(u16) -> u16) {
-        let size = size_of(self.header_len()).min(self.setup.segment_size);
-        self.setup.segment_size = size;
+        let size = size_of(self.way.headers.ip_len()).min(self.segment_size);
+        self.segment_size = size;
         if let Some(send) = &mut self.send {
             send.set_segment_size(size);
         }

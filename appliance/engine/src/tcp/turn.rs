@@ -123,18 +123,21 @@ impl TcpFlow {
             self.established = true;
             cx.world.event(&Event::Established { flow: id });
         }
-        if self.established && !matches!(self.upstream, Upstream::Open { eof: false, .. }) {
-            stack.finish();
-        }
         let Upstream::Open { eof, shut } = &mut self.upstream else {
+            if self.established {
+                stack.finish();
+            }
             return;
         };
-        let waits = stack.receive_queue() > 0 || self.relay.has_bytes_before();
-        if waits && !self.readable_told {
-            self.readable_told = true;
-            cx.world.upstream(id, UpstreamCommand::Readable);
+        if *eof && self.established {
+            stack.finish();
         }
-        if !waits && !*shut && stack.has_client_fin() {
+        if stack.receive_queue() > 0 || self.relay.has_bytes_before() {
+            if !self.readable_told {
+                self.readable_told = true;
+                cx.world.upstream(id, UpstreamCommand::Readable);
+            }
+        } else if !*shut && stack.has_client_fin() {
             *shut = true;
             cx.world.upstream(id, UpstreamCommand::CloseWrite);
         }

@@ -340,13 +340,6 @@ impl Recovery {
 
     /// When to call [`Recovery::on_timer`], once [`Recovery::next_transmit`] has nothing to give.
     pub fn deadline(&self) -> Option<Timestamp> {
-        if self.is_clear() {
-            // What the others wait for is on its way.
-            return [self.timers.persist, self.timers.pace]
-                .into_iter()
-                .flatten()
-                .min();
-        }
         let Timers {
             reorder,
             probe,
@@ -354,10 +347,11 @@ impl Recovery {
             persist,
             pace,
         } = self.timers;
-        [reorder, probe, timeout, persist, pace]
-            .into_iter()
-            .flatten()
-            .min()
+        let sooner = earlier(persist, pace);
+        if self.is_clear() {
+            return sooner; // what the others wait for is on its way
+        }
+        earlier(sooner, earlier(earlier(reorder, probe), timeout))
     }
 
     /// What may be in flight, in bytes.
@@ -933,6 +927,15 @@ impl Recovery {
         debug_assert!(queued_end >= self.board.sent());
         self.queued = queued_end;
         self.timers.pace = None;
+        if queued_end == self.board.sent()
+            && self.is_clear()
+            && self.phase == Phase::Open
+            && !self.tail_probe_due
+        {
+            self.rest();
+            self.limit_by_application();
+            return None;
+        }
         if std::mem::take(&mut self.tail_probe_due)
             && let Some(probe) = self.probe_tail(now)
         {
@@ -1100,11 +1103,9 @@ impl Recovery {
         let is_clear = self.is_clear();
         let available = self.queued - sent;
         if available == 0 {
-            self.timers.persist = None;
-            self.window_probe_due = false;
-            self.is_window_limited = false;
+            self.rest();
             if self.in_flight() < self.send_window() {
-                self.application_limited_until = (self.delivered + self.board.in_flight()).max(1);
+                self.limit_by_application();
             }
             return None;
         }
@@ -1144,6 +1145,19 @@ impl Recovery {
         self.timers.persist = None;
         self.window_probe_due = false;
         Some(self.append(now, sent + size))
+    }
+
+    /// Nothing waits to be sent.
+    fn rest(&mut self) {
+        self.timeout_due = false;
+        self.timers.persist = None;
+        self.window_probe_due = false;
+        self.is_window_limited = false;
+    }
+
+    /// More could be sent than there is.
+    fn limit_by_application(&mut self) {
+        self.application_limited_until = (self.delivered + self.board.in_flight()).max(1);
     }
 
     /// What to send into a window smaller than a segment: nothing before what is outstanding is acknowledged, then at
@@ -1244,6 +1258,15 @@ impl Recovery {
                 "data outstanding has a timer"
             );
         }
+    }
+}
+
+/// The earlier of two times, each of which may be never.
+fn earlier(one: Option<Timestamp>, other: Option<Timestamp>) -> Option<Timestamp> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.min(other)),
+        (one, None) => one,
+        (None, other) => other,
     }
 }
 
