@@ -18,8 +18,10 @@ use super::pipe::{Pipe, PipeCounts, Shape};
 use super::wire::{Header, stream};
 
 const FIRST_PORT: u16 = 40_000;
-/// The live driver sleeps in whole milliseconds.
-const SLEEP: u64 = 1_000_000;
+/// The live driver's timers are as exact as the kernel's default for a thread, and long ones no more than its poll.
+const SLEEP: u64 = 50_000;
+const LONG: u64 = 20_000_000;
+const LONG_SLEEP: u64 = 1_000_000;
 
 /// One connection: when it begins, and what is sent to the client.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -71,12 +73,20 @@ pub struct Run {
     to_engine: Pipe<Header>,
     clients: Vec<Option<Client>>,
     traffic: Vec<Traffic>,
-    engine: Engine,
-    origin: Origin,
-    wake: Option<Timestamp>,
+    /// In the order of their clients.
+    senders: Vec<Sender>,
     seed: u64,
     is_v6: bool,
     packet: Vec<u8>,
+}
+
+/// An engine, and what is around it.
+struct Sender {
+    engine: Engine,
+    origin: Origin,
+    wake: Option<Timestamp>,
+    /// The first of its clients.
+    first: usize,
 }
 
 impl Run {
@@ -87,23 +97,36 @@ impl Run {
         config: Config,
         traffic: Vec<Traffic>,
     ) -> Self {
-        let policy = Arc::new(Policy::new(PolicySpec::default()));
-        let mut key = [0; 32];
-        key[..8].copy_from_slice(&seed.to_le_bytes());
-        let engine = Engine::new(config, policy, key, Timestamp::ZERO);
-        Self {
+        let run = Self {
             now: Timestamp::ZERO,
             to_client: Pipe::new(to_client, seed),
             to_engine: Pipe::new(to_engine, !seed),
-            clients: traffic.iter().map(|_| None).collect(),
-            origin: Origin::new(&traffic),
-            traffic,
-            engine,
-            wake: None,
+            clients: Vec::new(),
+            traffic: Vec::new(),
+            senders: Vec::new(),
             seed,
             is_v6: false,
             packet: Vec::new(),
-        }
+        };
+        run.beside(config, traffic)
+    }
+
+    /// Another engine sends over the same path.
+    #[must_use]
+    pub fn beside(mut self, config: Config, traffic: Vec<Traffic>) -> Self {
+        let policy = Arc::new(Policy::new(PolicySpec::default()));
+        let mut key = [0; 32];
+        key[..8].copy_from_slice(&self.seed.to_le_bytes());
+        let first = self.traffic.len();
+        self.senders.push(Sender {
+            engine: Engine::new(config, policy, key, Timestamp::ZERO),
+            origin: Origin::new(first, &traffic),
+            wake: None,
+            first,
+        });
+        self.clients.extend(traffic.iter().map(|_| None));
+        self.traffic.extend(traffic);
+        self
     }
 
     /// All connections are IPv6.
@@ -141,7 +164,7 @@ impl Run {
     /// What it has come to so far.
     pub fn outcome(&self) -> Outcome {
         let flow = |(index, client): (usize, &Option<Client>)| {
-            let upstream = &self.origin.upstreams[index];
+            let upstream = self.upstreams().nth(index).expect("one for each client");
             let client = client.as_ref();
             let start = Timestamp::ZERO + self.traffic[index].start;
             FlowOutcome {
@@ -164,16 +187,16 @@ impl Run {
         }
     }
 
+    fn upstreams(&self) -> impl Iterator<Item = &Upstream> {
+        self.senders.iter().flat_map(|sender| &sender.origin.upstreams)
+    }
+
     fn is_over(&self) -> bool {
         let has_ended = |client: &Client| matches!(client.stage(), Stage::Finished | Stage::Reset);
         self.clients
             .iter()
             .all(|client| client.as_ref().is_some_and(has_ended))
-            && self
-                .origin
-                .upstreams
-                .iter()
-                .all(|upstream| upstream.closed.is_some())
+            && self.upstreams().all(|upstream| upstream.closed.is_some())
     }
 
     fn next(&self) -> Option<Timestamp> {
@@ -182,8 +205,9 @@ impl Run {
             Some(client) => client.next(),
             None => Some(Timestamp::ZERO + traffic.start),
         });
-        [self.to_client.next(), self.to_engine.next(), self.wake]
+        [self.to_client.next(), self.to_engine.next()]
             .into_iter()
+            .chain(self.senders.iter().map(|sender| sender.wake))
             .flatten()
             .chain(clients)
             .min()
@@ -202,13 +226,20 @@ impl Run {
             }
             self.collect(index);
         }
-        let mut has_work = self.wake.is_some_and(|at| at <= now);
         while let Some((_, segment)) = self.to_engine.receive(now) {
             self.deliver(&segment);
-            has_work = true;
         }
-        if has_work {
-            self.flush();
+        let header = if self.is_v6 { 40 } else { 20 };
+        for sender in &mut self.senders {
+            if sender.wake.is_none_or(|at| at > now) {
+                continue;
+            }
+            sender.flush(now);
+            for segment in sender.origin.sent.drain(..) {
+                let len =
+                    header + 20 + usize::from(segment.len) + if segment.offer.is_some() { 12 } else { 0 };
+                self.to_client.send(now, len, segment);
+            }
         }
     }
 
@@ -267,13 +298,20 @@ impl Run {
             segment_size: None,
             reassembled: false,
         };
-        self.engine
-            .handle(self.now, Input::Packet(packet), &mut self.origin);
+        let behind = self
+            .senders
+            .partition_point(|sender| sender.first <= segment.client);
+        let sender = &mut self.senders[behind - 1];
+        sender
+            .engine
+            .handle(self.now, Input::Packet(packet), &mut sender.origin);
+        sender.wake = Some(self.now);
     }
+}
 
-    /// Gives the engine its turn until it has no more to say, and puts what it sends on its way.
-    fn flush(&mut self) {
-        let now = self.now;
+impl Sender {
+    /// Gives the engine its turn until it has no more to say.
+    fn flush(&mut self, now: Timestamp) {
         let mut deadline;
         loop {
             deadline = self.engine.flush(now, &mut self.origin);
@@ -281,25 +319,18 @@ impl Run {
                 break;
             }
             for (flow, command) in std::mem::take(&mut self.origin.commands) {
-                self.carry_out(flow, command);
+                self.carry_out(now, flow, command);
             }
         }
         self.wake = deadline.map(|deadline| {
             let pause = deadline.at.as_nanos().saturating_sub(now.as_nanos());
-            Timestamp::from_nanos(
-                now.as_nanos()
-                    .saturating_add(pause.div_ceil(SLEEP).saturating_mul(SLEEP)),
-            )
+            let unit = if pause < LONG { SLEEP } else { LONG_SLEEP };
+            let pause = pause.div_ceil(unit).saturating_mul(unit);
+            Timestamp::from_nanos(now.as_nanos().saturating_add(pause))
         });
-        let header = if self.is_v6 { 40 } else { 20 };
-        for segment in self.origin.sent.drain(..) {
-            let len = header + 20 + usize::from(segment.len) + if segment.offer.is_some() { 12 } else { 0 };
-            self.to_client.send(now, len, segment);
-        }
     }
 
-    fn carry_out(&mut self, flow: FlowId, command: Command) {
-        let now = self.now;
+    fn carry_out(&mut self, now: Timestamp, flow: FlowId, command: Command) {
         let Self { engine, origin, .. } = self;
         match command {
             Command::Open => {
@@ -330,6 +361,8 @@ enum Command {
 
 /// The engine's surroundings: upstreams, and what is sent to clients.
 struct Origin {
+    /// The number of the first of its clients.
+    first: usize,
     buffer: Vec<u8>,
     len: usize,
     flows: BTreeMap<FlowId, usize>,
@@ -353,9 +386,9 @@ struct Upstream {
 }
 
 impl Origin {
-    fn new(traffic: &[Traffic]) -> Self {
+    fn new(first: usize, traffic: &[Traffic]) -> Self {
         let upstream = |(index, traffic): (usize, &Traffic)| Upstream {
-            index,
+            index: first + index,
             bytes: traffic.bytes,
             given: 0,
             received: 0,
@@ -366,6 +399,7 @@ impl Origin {
             retransmitted: 0,
         };
         Self {
+            first,
             buffer: vec![0; 65_536],
             len: 0,
             flows: BTreeMap::new(),
@@ -376,7 +410,7 @@ impl Origin {
     }
 
     fn upstream(&mut self, flow: FlowId) -> &mut Upstream {
-        &mut self.upstreams[self.flows[&flow]]
+        &mut self.upstreams[self.flows[&flow] - self.first]
     }
 }
 
@@ -449,7 +483,7 @@ impl World for Origin {
         let size = out
             .segment_size
             .map_or(segment.len.max(1), std::num::NonZeroU16::get);
-        self.upstreams[index].note(&segment, payload, size.into());
+        self.upstreams[index - self.first].note(&segment, payload, size.into());
         if segment.len <= size {
             return self.sent.push(segment);
         }
