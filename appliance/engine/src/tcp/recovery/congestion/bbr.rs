@@ -14,11 +14,15 @@
 //! there is no queue of ours, and counts up to 5 %: radio links lose that much, and the draft's fixed bound would take
 //! them for congested.
 //!
+//! Losses in a queue that somebody else fills are those that Cubic and Reno share a path by. Where such are seen, Cubic
+//! runs along with the model, and its window is a bound: so neither is crowded out. It goes when it binds no more.
+//!
 //! Otherwise it differs from the draft in what it leaves out: ECN, which the handshake does not offer, and randomised
 //! probe times, as an engine has no randomness that is not its seed's.
 
 use std::time::Duration;
 
+use super::cubic::Cubic;
 use super::{Congestion, Delivery, Sample, initial_window};
 use crate::time::Timestamp;
 
@@ -58,6 +62,15 @@ const PROBE_RTT_TIME: Duration = Duration::from_millis(200);
 /// Between two probes for more bandwidth, unless so many rounds pass first.
 const CRUISE_TIME: Duration = Duration::from_millis(2_500);
 const CRUISE_ROUNDS_MAX: u64 = 63;
+/// Somebody else's queue: between our own probes, round-trip times are above the lowest by so many thousandths of it,
+/// and by more than the time of so many segments, which is what packets and timers make anyway.
+const RIVAL_QUEUE: u64 = 100;
+const RIVAL_QUEUE_SEGMENTS: u64 = 6;
+const RIVAL_QUEUE_MIN: Duration = Duration::from_micros(500);
+/// What our own probe leaves has gone after so many rounds.
+const OWN_QUEUE_ROUNDS: u64 = 5;
+/// Where a rival holds the queue, a window is spread over four fifths of a round trip.
+const RIVAL_PACING: u64 = 1250;
 /// Rounds after which the measure of how ACKs bunch is forgotten.
 const BUNCHING_ROUNDS: u64 = 10;
 
@@ -97,6 +110,12 @@ pub(super) struct Bbr {
     bunching: Bunching,
     /// The window before a timeout or a probe of the round-trip time.
     kept_window: u64,
+    /// The latest round-trip time.
+    rtt: Duration,
+    /// What Cubic would do, where somebody else fills the queue.
+    rival: Option<Cubic>,
+    /// Its latest reduction holds for what is sent from here on.
+    rival_reduced_at: u64,
 }
 
 /// A round trip: from a transmission to its ACK.
@@ -146,6 +165,9 @@ impl Bbr {
                 turned: 0,
             },
             kept_window: 0,
+            rtt: Duration::ZERO,
+            rival: None,
+            rival_reduced_at: 0,
         }
     }
 
@@ -249,11 +271,13 @@ impl Bbr {
     }
 
     /// At the end of a round, before its counters are cleared.
-    fn on_round_end(&mut self, delivery: &Delivery) {
+    fn on_round_end(&mut self, sample: &Sample, delivery: &Delivery) {
         let Round { delivered, lost, .. } = self.round;
         match self.state {
             State::Startup => {
-                if !self.is_understated(delivery) {
+                // Where holes hold back most of what is outstanding, the send buffer is the limit, and will stay it.
+                let is_held_back = sample.sent - sample.acknowledged > 2 * sample.in_flight_before;
+                if is_held_back || !self.is_understated(delivery) {
                     self.look_for_growth(STARTUP_GROWTH);
                 }
                 if self.is_congested(STARTUP_LOSS) {
@@ -399,6 +423,43 @@ impl Bbr {
         }
     }
 
+    /// Losses in a queue that is not ours: somebody fills it who backs off by them. So does this flow then, as Cubic
+    /// would, until that bound is far above what the model asks for.
+    fn yield_to_rivals(&mut self, sample: &Sample) {
+        // A loss that a timer finds comes with none.
+        self.rtt = sample.rtt.unwrap_or(self.rtt);
+        let most = 2 * self.product(WINDOW);
+        if let Some(rival) = &mut self.rival {
+            rival.on_ack(sample);
+            if rival.window() > most {
+                self.rival = None;
+            }
+        }
+        let may_be_ours =
+            self.cycle_rounds < OWN_QUEUE_ROUNDS || !matches!(self.state, State::Cruise | State::Down);
+        if sample.lost == 0
+            || sample.acknowledged < self.rival_reduced_at
+            || (self.rival.is_none() && may_be_ours)
+            || !self.is_queue_long(sample)
+        {
+            return;
+        }
+        self.rival_reduced_at = sample.sent;
+        let rival = self
+            .rival
+            .get_or_insert_with(|| Cubic::from_window(self.segment as u32, sample.in_flight_before));
+        rival.on_congestion(sample.now, sample.in_flight_before);
+        rival.on_recovered(sample.now, false);
+    }
+
+    fn is_queue_long(&self, sample: &Sample) -> bool {
+        let lowest = sample.rtt_minimum.unwrap_or(self.rtt);
+        let segments = RIVAL_QUEUE_SEGMENTS * self.segment * 1_000_000_000 / self.pacing_rate.max(1);
+        let least = RIVAL_QUEUE_MIN + Duration::from_nanos(segments);
+        let share = Duration::from_nanos(lowest.as_nanos() as u64 / 1000 * RIVAL_QUEUE);
+        self.rtt.saturating_sub(lowest) > least.max(share)
+    }
+
     fn set_pace(&mut self, sample: &Sample) {
         let (gain, _) = self.gains();
         let rate = match self.pacing_rate {
@@ -412,6 +473,12 @@ impl Bbr {
         let rate = rate / 1000 * gain / 1000 * PACING_MARGIN;
         if self.is_full || rate > self.pacing_rate {
             self.pacing_rate = rate.max(self.segment);
+        }
+        if self.rival.is_some()
+            && let Some(rtt) = sample.rtt_smoothed
+        {
+            let rate = u128::from(self.window) * 1_000_000_000 / rtt.as_nanos().max(1);
+            self.pacing_rate = self.pacing_rate.max(rate as u64 / 1000 * RIVAL_PACING);
         }
     }
 
@@ -429,7 +496,8 @@ impl Bbr {
             State::Cruise => self.in_flight_high / 1000 * HEADROOM,
             State::ProbeRtt { .. } => self.product(500),
         };
-        let ceiling = ceiling.min(self.in_flight_low);
+        let rival = self.rival.as_ref().map_or(u64::MAX, Cubic::window);
+        let ceiling = ceiling.min(self.in_flight_low).min(rival);
         self.window = self.window.min(ceiling).max(self.window_least());
     }
 }
@@ -442,7 +510,7 @@ impl Congestion for Bbr {
         if let Some(delivery) = &sample.delivery {
             self.take_delivery(delivery);
             if delivery.prior_delivered >= self.round.end {
-                self.on_round_end(delivery);
+                self.on_round_end(sample, delivery);
                 self.round = Round {
                     end: sample.delivered_total,
                     count: self.round.count + 1,
@@ -452,6 +520,7 @@ impl Congestion for Bbr {
         }
         self.take_bunching(sample);
         self.update_state(sample);
+        self.yield_to_rivals(sample);
         self.set_pace(sample);
         self.set_window(sample);
     }

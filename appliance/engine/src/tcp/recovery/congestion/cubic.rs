@@ -67,6 +67,16 @@ impl Cubic {
         }
     }
 
+    /// One that has left slow start with this window.
+    pub(super) fn from_window(segment_size: u32, window: u64) -> Self {
+        Self {
+            window,
+            threshold: window,
+            hystart: None,
+            ..Self::new(segment_size)
+        }
+    }
+
     fn reduce(&mut self) {
         self.before = Some(Before {
             window: self.window,
