@@ -48,7 +48,7 @@ impl Clients {
     pub fn congestion(self) -> CongestionControl {
         match self {
             Self::Local => CongestionControl::None,
-            Self::Routed => CongestionControl::Cubic,
+            Self::Routed => CongestionControl::Bbr,
         }
     }
 }
