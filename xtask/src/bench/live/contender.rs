@@ -63,8 +63,9 @@ impl Contender {
     }
 
     /// Whether all it needs is installed.
-    pub(super) fn is_there(self) -> bool {
-        self.program_name().is_none_or(|name| find(name).is_some())
+    pub(super) fn is_there(self, programs: &Programs) -> bool {
+        self.program_name()
+            .is_none_or(|name| programs.find(name).is_some())
     }
 
     /// Whether it can do this at all.
@@ -107,14 +108,18 @@ impl Contender {
         }
     }
 
-    fn program(self) -> Result<PathBuf> {
+    fn program(self, stage: &Stage<'_>) -> Result<PathBuf> {
         let name = self.program_name().context("it is no program of its own")?;
-        find(name).with_context(|| format!("{name} is not installed"))
+        stage
+            .tools
+            .programs
+            .find(name)
+            .with_context(|| format!("{name} is not installed"))
     }
 
     fn tun2proxy(self, stage: &Stage<'_>) -> Result<Vec<Process>> {
         make_tun(stage)?;
-        let mut command = stage.appliance.command(self.program()?);
+        let mut command = stage.appliance.command(self.program(stage)?);
         command
             .arg("--proxy")
             .arg(format!("socks5://{SERVER_V4}:{SOCKS}"))
@@ -146,7 +151,7 @@ impl Contender {
             "acl": acl,
         });
         fs::write(&configuration, text.to_string()).context("cannot write sslocal's configuration")?;
-        let mut command = stage.appliance.command(self.program()?);
+        let mut command = stage.appliance.command(self.program(stage)?);
         command.arg("--config").arg(configuration);
         let process = Process::start(command, scratch)?;
         lead_to_tun(stage)?;
@@ -154,7 +159,7 @@ impl Contender {
     }
 
     fn pasta(self, stage: &Stage<'_>) -> Result<Vec<Process>> {
-        let mut command = stage.appliance.command(self.program()?);
+        let mut command = stage.appliance.command(self.program(stage)?);
         command
             .args(["--foreground", "--config-net", "--runas", "0", "--netns"])
             .arg(stage.client().path());
@@ -164,7 +169,7 @@ impl Contender {
     }
 
     fn slirp4netns(self, stage: &Stage<'_>) -> Result<Vec<Process>> {
-        let mut command = stage.appliance.command(self.program()?);
+        let mut command = stage.appliance.command(self.program(stage)?);
         command
             .args(["--configure", "--mtu=65520", "--netns-type=path"])
             .arg(stage.client().path())
@@ -185,20 +190,36 @@ redsocks {{ local_ip = {ROUTER_V4}; local_port = {REDSOCKS}; ip = {SERVER_V4}; p
             "table ip bench {{ chain divert {{ type nat hook prerouting priority dstnat;
             iifname \"{DOWNLINK}\" meta l4proto tcp redirect to :{REDSOCKS}\n}}\n}}\n"
         ))?;
-        let mut command = stage.appliance.command(self.program()?);
+        let mut command = stage.appliance.command(self.program(stage)?);
         command.arg("-c").arg(configuration);
         Ok(vec![Process::start(command, &stage.tools.scratch)?])
     }
 }
 
-/// A program's file.
-pub(super) fn find(program: &str) -> Option<PathBuf> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    let system = ["/usr/sbin", "/sbin"].map(PathBuf::from);
-    env::split_paths(&path)
-        .chain(system)
-        .map(|folder| folder.join(program))
-        .find(|file| file.is_file())
+/// Where programs are looked for.
+pub(super) struct Programs(Vec<PathBuf>);
+
+impl Programs {
+    /// In `first`, and then where the system looks.
+    pub(super) fn new(first: PathBuf) -> Self {
+        let path = env::var_os("PATH").unwrap_or_default();
+        let system = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+        Self(
+            [first]
+                .into_iter()
+                .chain(env::split_paths(&path))
+                .chain(system)
+                .collect(),
+        )
+    }
+
+    /// A program's file.
+    pub(super) fn find(&self, program: &str) -> Option<PathBuf> {
+        self.0
+            .iter()
+            .map(|folder| folder.join(program))
+            .find(|file| file.is_file())
+    }
 }
 
 fn tungate(stage: &Stage<'_>) -> Result<Vec<Process>> {

@@ -28,7 +28,7 @@ use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
-use self::contender::{Contender, find};
+use self::contender::{Contender, Programs};
 use self::namespace::make_mounts_private;
 use self::process::{Process, catch_interrupts, check_interrupt};
 use self::scenario::Scenario;
@@ -117,10 +117,12 @@ pub(super) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         geteuid().is_root(),
         "network namespaces take root here: sudo -E cargo xtask bench live"
     );
-    let plan = Plan::new(options)?;
+    let rivals = folder(workspace)?.join("rivals");
     if options.install_rivals {
-        install_rivals(workspace)?;
+        install_rivals(workspace, &rivals)?;
     }
+    let programs = Programs::new(rivals.join("bin"));
+    let plan = Plan::new(options, &programs)?;
     let scratch = TempDir::new_in(folder(workspace)?).context("cannot make a temporary folder")?;
     let tools = Tools {
         load: workspace.executable(&["build", "--release", "--package=tungate-load"])?,
@@ -129,8 +131,9 @@ pub(super) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         } else {
             PathBuf::new()
         },
-        nginx: find("nginx"),
-        wrk: find("wrk"),
+        nginx: programs.find("nginx"),
+        wrk: programs.find("wrk"),
+        programs,
         scratch: scratch.path().to_owned(),
     };
     catch_interrupts()?;
@@ -174,9 +177,8 @@ fn today() -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-/// Builds the rivals that crates.io has, and finds them from here on.
-fn install_rivals(workspace: &Workspace) -> Result<()> {
-    let root = folder(workspace)?.join("rivals");
+/// Builds the rivals that crates.io has.
+fn install_rivals(workspace: &Workspace, root: &Path) -> Result<()> {
     for (package, more) in [
         ("tun2proxy", &[][..]),
         (
@@ -191,7 +193,7 @@ fn install_rivals(workspace: &Workspace) -> Result<()> {
         let status = workspace
             .cargo()
             .args(["install", "--locked", "--quiet", package, "--root"])
-            .arg(&root)
+            .arg(root)
             .args(more)
             .status()
             .context("cannot run cargo")?;
@@ -211,7 +213,7 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(options: &Options) -> Result<Self> {
+    fn new(options: &Options, programs: &Programs) -> Result<Self> {
         let chosen = |chosen: &[Contender], otherwise: &[Contender]| {
             let list = if chosen.is_empty() { otherwise } else { chosen };
             list.to_vec()
@@ -224,7 +226,9 @@ impl Plan {
         } else {
             chosen(&options.contenders, Contender::value_variants())
         };
-        let (contenders, absent) = wanted.into_iter().partition::<Vec<_>, _>(|one| one.is_there());
+        let (contenders, absent) = wanted
+            .into_iter()
+            .partition::<Vec<_>, _>(|one| one.is_there(programs));
         let scenarios = match (&options.scenario[..], options.quick) {
             ([], true) => vec![Scenario::Router],
             ([], false) => Scenario::value_variants().to_vec(),

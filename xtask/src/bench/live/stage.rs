@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use super::contender::Programs;
 use super::namespace::Namespace;
 use super::process::Process;
 use super::scenario::{Place, Scenario};
@@ -36,6 +37,7 @@ pub(super) struct Tools {
     pub(super) tungate: PathBuf,
     pub(super) nginx: Option<PathBuf>,
     pub(super) wrk: Option<PathBuf>,
+    pub(super) programs: Programs,
     pub(super) scratch: PathBuf,
 }
 
