@@ -271,6 +271,13 @@ pub trait World {
     }
     /// Carries out a command. [`Engine::read`] and [`Engine::write`] are called after the step, not from here.
     fn upstream(&mut self, flow: FlowId, command: UpstreamCommand<'_>);
+    /// Offers bytes that a TCP flow's client has sent, the next in order, in the packet that brought them. Returns how
+    /// many of them the upstream took, as the caller of [`Engine::read`] does; the engine keeps the others and tells of
+    /// them by [`UpstreamCommand::Readable`]. A world that can take them saves a copy.
+    fn offer(&mut self, flow: FlowId, bytes: &[u8]) -> usize {
+        let _ = (flow, bytes); // they are lent later
+        0
+    }
     /// Takes note of something worth counting, logging or checking.
     fn event(&mut self, event: &Event);
     /// Hands a whole packet, reassembled here from fragments, to the shard that owns its flow; this one may be it. A

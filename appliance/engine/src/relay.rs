@@ -133,6 +133,16 @@ impl Relay {
         Some(name)
     }
 
+    /// Whether bytes pass as they are, at once.
+    pub(crate) fn is_open(&self) -> bool {
+        self.make.is_none() && self.inspected.is_none()
+    }
+
+    /// The upstream has been given `bytes` on another way than by [`Relay::lend`].
+    pub(crate) fn count(&mut self, bytes: usize) {
+        self.given += bytes as u64;
+    }
+
     /// Lends what may pass of `bytes`, the client's bytes that wait. Returns how many of `bytes` are done with, and how
     /// many bytes the upstream took.
     pub(crate) fn lend(

@@ -23,6 +23,7 @@ struct Outcome {
     commands: Vec<(FlowId, Command)>,
     events: Vec<Event>,
     read: Vec<u8>,
+    passed: Vec<u8>,
 }
 
 impl Outcome {
@@ -41,6 +42,7 @@ impl Outcome {
             commands: std::mem::take(&mut world.commands),
             events: std::mem::take(&mut world.events),
             read,
+            passed: std::mem::take(&mut world.passed),
         }
     }
 }
@@ -137,7 +139,9 @@ fn repeating_a_journal_gives_the_same_output() {
     decoder.push(&journal);
     assert_eq!(decoder.header(), Ok(Some(&header)));
     let mut engine = header.engine(shard, Arc::new(Policy::new(header.policy.clone())));
+    // What upstreams would take now plays no part.
     let mut world = Recorder::default();
+    world.appetite = 17_000;
     for (index, expected) in outcomes.iter().enumerate() {
         let entry = decoder
             .next_entry()
@@ -180,6 +184,18 @@ fn play(run: &mut Run<'_>) {
             .concat(),
         b"a question"
     );
+
+    // Of a large segment the upstream takes a part at once.
+    client.sequence += 10;
+    run.world.appetite = 15_000;
+    run.packet(&client.segment(ACK, &pattern(20_000)));
+    assert_eq!(
+        run.outcomes.last().map(|outcome| outcome.passed.len()),
+        Some(15_000)
+    );
+    run.flush();
+    run.read(flow, 20_000);
+    assert_eq!(run.outcomes.last().map(|outcome| outcome.read.len()), Some(5_000));
 
     // The device is full at first, so that what leaves depends on its answers.
     run.write(flow, &pattern(5000));

@@ -406,6 +406,21 @@ impl World for ShardWorld {
         }
     }
 
+    fn offer(&mut self, id: FlowId, bytes: &[u8]) -> usize {
+        let Some(Entry {
+            upstream: Some(Upstream::Tcp(tcp)),
+            ..
+        }) = self.flows.get_mut(id)
+        else {
+            return 0;
+        };
+        let taken = tcp.take(bytes);
+        if tcp.is_broken() {
+            self.flows.queue(id);
+        }
+        taken
+    }
+
     fn event(&mut self, event: &Event) {
         match event {
             Event::Dropped { reason, rule, flow } => {

@@ -103,6 +103,38 @@ impl Tcp {
         self.has_bytes = true;
     }
 
+    /// Takes bytes from the client past the engine's buffer, if the socket does; returns how many.
+    pub(crate) fn take(&mut self, bytes: &[u8]) -> usize {
+        if !self.connected || !self.writable || self.broken {
+            return 0;
+        }
+        self.send(bytes)
+    }
+
+    /// Writes to the socket; returns how many bytes it took.
+    fn send(&mut self, bytes: &[u8]) -> usize {
+        match retry(|| (&self.socket).write(bytes)) {
+            Ok(taken) => {
+                self.writable = taken == bytes.len();
+                taken
+            }
+            Err(error) => {
+                self.writable = false;
+                if error.kind() != ErrorKind::WouldBlock {
+                    // Reading will tell how it ended.
+                    self.broken = true;
+                    self.readable = true;
+                }
+                0
+            }
+        }
+    }
+
+    /// Whether the connection is lost and the engine has yet to hear of it.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.broken
+    }
+
     /// The engine has room for bytes to the client.
     pub(crate) fn on_room(&mut self) {
         self.has_room = true;
@@ -171,25 +203,11 @@ impl Tcp {
             if left == 0 {
                 return true;
             }
-            let mut written = None;
-            machine.read(now, id, |bytes| {
-                let result = retry(|| (&self.socket).write(bytes));
-                let taken = result.as_ref().map_or(0, |taken| *taken);
-                written = Some((result, bytes.len()));
-                taken
-            });
-            match written {
+            let mut taken = None;
+            machine.read(now, id, |bytes| *taken.insert(self.send(bytes)));
+            match taken {
                 None => self.has_bytes = false,
-                Some((Ok(taken), lent)) => {
-                    self.writable = taken == lent;
-                    left = left.saturating_sub(taken);
-                }
-                Some((Err(error), _)) if error.kind() == ErrorKind::WouldBlock => self.writable = false,
-                Some((Err(_), _)) => {
-                    self.broken = true;
-                    self.readable = true;
-                    return false;
-                }
+                Some(taken) => left = left.saturating_sub(taken),
             }
         }
         false

@@ -262,6 +262,7 @@ mod tests {
             at: Timestamp::from_nanos(*at),
             call: call.clone(),
             room: room.clone(),
+            taken: room.iter().fold(0, |taken, &run| taken ^ run),
         };
         calls.iter().map(entry).collect()
     }

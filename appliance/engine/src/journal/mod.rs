@@ -34,7 +34,7 @@ use crate::time::Timestamp;
 /// What every journal starts with.
 pub const MAGIC: &[u8; 15] = b"tungate-journal";
 /// The version that is written, and the only one that is read.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 const PREAMBLE_LEN: usize = MAGIC.len() + size_of::<u32>();
 /// Length and checksum.
@@ -68,6 +68,8 @@ pub struct Entry<'a> {
     /// What [`World::has_room`](crate::io::World::has_room) answered during the call: how often yes, then how often no, and so on. All answers
     /// behind the last of these were yes.
     pub room: Vec<u32>,
+    /// How many bytes [`World::offer`](crate::io::World::offer) took during the call, which makes one offer at most.
+    pub taken: u32,
 }
 
 /// The calls an engine has, with what the caller put in.

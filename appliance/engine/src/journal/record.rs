@@ -27,6 +27,7 @@ impl Entry<'_> {
             world,
             room: &self.room,
             answers: Cell::default(),
+            taken: self.taken,
         };
         let mut handle = |input| (engine.handle(self.at, input, &mut world), None);
         match &self.call {
@@ -86,6 +87,7 @@ impl<S: FnMut(&[u8])> Recorded<S> {
             sink,
             block: Vec::new(),
             room: RefCell::default(),
+            taken: 0,
         };
         Self { engine, recorder }
     }
@@ -182,6 +184,8 @@ struct Recorder<S> {
     block: Vec<u8>,
     /// As in [`Entry::room`], of the call that is being made.
     room: RefCell<Vec<u32>>,
+    /// As in [`Entry::taken`].
+    taken: u32,
 }
 
 impl<S: FnMut(&[u8])> Recorder<S> {
@@ -191,8 +195,9 @@ impl<S: FnMut(&[u8])> Recorder<S> {
             room.pop(); // the last answers were yes
         }
         self.block.clear();
-        encode_block(&(self.shard, at, call, &*room), &mut self.block);
+        encode_block(&(self.shard, at, call, &*room, self.taken), &mut self.block);
         room.clear();
+        self.taken = 0;
         (self.sink)(&self.block);
     }
 
@@ -241,6 +246,12 @@ impl<S: FnMut(&[u8])> World for Watched<'_, S> {
         self.world.upstream(flow, command);
     }
 
+    fn offer(&mut self, flow: FlowId, bytes: &[u8]) -> usize {
+        let taken = self.world.offer(flow, bytes).min(bytes.len());
+        self.recorder.taken = taken as u32;
+        taken
+    }
+
     fn event(&mut self, event: &Event) {
         self.world.event(event);
     }
@@ -260,6 +271,7 @@ struct Repeated<'a> {
     room: &'a [u32],
     /// Answers given so far.
     answers: Cell<u32>,
+    taken: u32,
 }
 
 impl World for Repeated<'_> {
@@ -285,6 +297,13 @@ impl World for Repeated<'_> {
 
     fn upstream(&mut self, flow: FlowId, command: UpstreamCommand<'_>) {
         self.world.upstream(flow, command);
+    }
+
+    /// The world is shown what was taken.
+    fn offer(&mut self, flow: FlowId, bytes: &[u8]) -> usize {
+        let taken = bytes.len().min(self.taken as usize);
+        self.world.offer(flow, &bytes[..taken]);
+        taken
     }
 
     fn event(&mut self, event: &Event) {
@@ -325,6 +344,7 @@ mod tests {
                 sink: |bytes: &[u8]| block.extend_from_slice(bytes),
                 block: Vec::new(),
                 room: RefCell::default(),
+                taken: 0,
             };
             for &answer in &answers {
                 recorder.on_room(answer);
@@ -337,7 +357,7 @@ mod tests {
             decoder.push(&start);
             decoder.push(&block);
             let entry = decoder.next_entry().unwrap().unwrap();
-            let repeated = Repeated { world: &mut Nowhere, room: &entry.room, answers: Cell::default() };
+            let repeated = Repeated { world: &mut Nowhere, room: &entry.room, answers: Cell::default(), taken: 0 };
             for &answer in &answers {
                 prop_assert_eq!(repeated.has_room(), answer);
             }

@@ -152,6 +152,20 @@ impl ReceiveHalf {
         self.edge as i64 - self.next() as i64
     }
 
+    /// Whether `len` bytes from `sequence` on are the next for a reader who has read everything before them.
+    pub(super) fn is_next(&self, sequence: u32, len: usize) -> bool {
+        self.ring.len() == 0
+            && self.gaps.is_empty()
+            && self.fin == NO_FIN
+            && sequence == self.expected()
+            && len as i64 <= self.announced()
+    }
+
+    /// Bytes that [are next](Self::is_next) have been read without having been taken.
+    pub(super) fn skip(&mut self, bytes: usize) {
+        self.received += bytes as u64;
+    }
+
     /// Takes a segment's bytes, of which none lies beyond [`ReceiveHalf::limit`], and its FIN.
     pub(super) fn take(&mut self, now: Timestamp, sequence: u32, bytes: &[u8], fin: bool) -> Answer {
         if !self.accepts(sequence, bytes.len(), fin) {

@@ -86,6 +86,15 @@ pub(super) struct Stack {
     closed_first: bool,
 }
 
+/// Part of a segment's text.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Piece<'a> {
+    pub(super) sequence: u32,
+    pub(super) bytes: &'a [u8],
+    /// FIN follows them.
+    pub(super) fin: bool,
+}
+
 /// SYN-ACKs so far.
 #[derive(Debug)]
 struct Handshake {
@@ -154,14 +163,24 @@ impl Stack {
         segment.acknowledgment == self.isn.wrapping_add(1)
     }
 
-    /// Takes a segment, of which `bytes` and `fin` are the part that there is room for, and whose acknowledgment has
-    /// been taken. It is neither a SYN nor a reset, and acknowledges nothing that was not sent, and the SYN-ACK at least.
+    /// Lends the bytes of a segment from where they are, if they are the next and nothing waits before them. Returns how
+    /// many have been taken, which are not to be taken again.
+    pub(super) fn pass(&mut self, piece: &Piece<'_>, take: impl FnOnce(&[u8]) -> usize) -> usize {
+        if !self.is_open() || !self.receive.is_next(piece.sequence, piece.bytes.len()) {
+            return 0;
+        }
+        let taken = take(piece.bytes).min(piece.bytes.len());
+        self.receive.skip(taken);
+        taken
+    }
+
+    /// Takes a segment, of which `piece` is what there is room for and what has not been passed on, and whose
+    /// acknowledgment has been taken. It is neither a SYN nor a reset, and acknowledges nothing that was not sent, and the SYN-ACK at least.
     pub(super) fn on_segment(
         &mut self,
         now: Timestamp,
         segment: &TcpView<'_>,
-        bytes: &[u8],
-        fin: bool,
+        Piece { sequence, bytes, fin }: Piece<'_>,
         world: &mut dyn World,
     ) {
         if !segment.flags.ack() {
@@ -169,13 +188,13 @@ impl Stack {
         }
         if self.send.is_none() {
             debug_assert!(self.is_answered_by(segment));
-            if self.receive.accepts(segment.sequence, bytes.len(), fin) {
+            if self.receive.accepts(sequence, bytes.len(), fin) {
                 self.open(now, segment);
             }
         }
         self.news_wanted = true;
         let had_fin = self.has_client_fin();
-        if self.receive.take(now, segment.sequence, bytes, fin) == Answer::Acknowledge {
+        if self.receive.take(now, sequence, bytes, fin) == Answer::Acknowledge {
             self.answer(world);
         }
         if self.has_client_fin() && !had_fin {

@@ -57,6 +57,9 @@ pub struct Recorder {
     pub forwarded_reassembled: Vec<bool>,
     pub learned: Vec<Learned>,
     pub full: bool,
+    /// How many bytes upstreams take straight from packets, and those that they have taken.
+    pub appetite: usize,
+    pub passed: Vec<u8>,
     /// Buffers whose memory was offered to the system.
     pub vacated: usize,
 }
@@ -106,6 +109,13 @@ impl World for Recorder {
             UpstreamCommand::Abort => Command::Abort,
         };
         self.commands.push((flow, command));
+    }
+
+    fn offer(&mut self, _: FlowId, bytes: &[u8]) -> usize {
+        let taken = bytes.len().min(self.appetite);
+        self.appetite -= taken;
+        self.passed.extend_from_slice(&bytes[..taken]);
+        taken
     }
 
     fn event(&mut self, event: &Event) {

@@ -309,6 +309,60 @@ fn a_super_packet_from_the_client_is_taken_whole() {
 }
 
 #[test]
+fn large_segments_pass_by_the_buffer_as_far_as_the_upstream_takes_them() {
+    let mut rig = Rig::new();
+    let (mut client, flow) = Client::open(CLIENT, TARGET, &mut rig);
+    let bytes = pattern(200_010);
+    let (first, rest) = bytes.split_at(10);
+    rig.packet(&client.segment(ACK, first));
+    client.sequence += 10;
+    let mut read = rig.read_all(flow); // what comes first is looked at
+    rig.commands();
+    rig.sent();
+
+    rig.world.appetite = 70_000;
+    for (at, piece) in rest.chunks(20_000).enumerate() {
+        rig.packet(&client.segment(ACK, piece));
+        client.sequence += piece.len() as u32;
+        assert_eq!(rig.segment().acknowledgment, client.sequence);
+        // Three and a half pieces pass; what is left waits, and all behind it though the upstream would take more.
+        let passed = rig.world.passed.len();
+        assert_eq!(passed, ((at + 1) * 20_000).min(70_000));
+        let told: &[Command] = if at == 3 { &[Command::Readable] } else { &[] };
+        assert_eq!(rig.commands(), told);
+        if passed == 70_000 {
+            rig.world.appetite = usize::MAX;
+        }
+    }
+    read.append(&mut rig.world.passed);
+    read.extend(rig.read_all(flow));
+    assert!(read == bytes);
+
+    // What is out of order does not pass, nor what is small; nor what was there before, a second time.
+    rig.world.appetite = usize::MAX;
+    let base = client.sequence;
+    let more = pattern(60_000);
+    let piece = |client: &Client, from: usize, to: usize| {
+        client.segment_at(base.wrapping_add(from as u32), ACK, &more[from..to])
+    };
+    rig.packet(&piece(&client, 20_000, 40_000));
+    rig.packet(&piece(&client, 0, 20_000));
+    assert_eq!(rig.world.passed.len(), 0);
+    assert!(rig.read_all(flow) == more[..40_000]);
+    rig.packet(&piece(&client, 20_000, 40_000));
+    rig.packet(&piece(&client, 40_000, 40_100));
+    assert_eq!(rig.world.passed.len(), 0);
+    assert!(rig.read_all(flow) == more[40_000..40_100]);
+    rig.commands();
+    client.sequence = base.wrapping_add(40_100);
+    rig.packet(&client.segment(ACK | FIN, &more[40_100..]));
+    assert!(rig.world.passed == more[40_100..]);
+    assert_eq!(rig.commands(), [Command::CloseWrite]);
+    let progress = rig.engine.progress(flow).expect("it lives on");
+    assert_eq!(progress.to_upstream, 260_010);
+}
+
+#[test]
 fn a_full_device_loses_nothing() {
     let mut rig = Rig::new();
     let (mut client, flow) = Client::open(CLIENT, TARGET, &mut rig);
