@@ -46,6 +46,8 @@ pub(crate) struct Progress {
     pub(crate) news: Option<UpstreamEvent<'static>>,
     /// There was more to do than one turn may.
     pub(crate) again: bool,
+    /// Bytes that have moved, both ways together.
+    pub(crate) moved: usize,
 }
 
 impl Tcp {
@@ -157,13 +159,13 @@ impl Tcp {
         }
         let mut progress = Progress::default();
         if !self.broken {
-            progress.again |= self.write_socket(id, now, machine);
+            progress.again |= self.write_socket(id, now, machine, &mut progress.moved);
         }
         if std::mem::take(&mut self.close_wanted) {
             // It fails where the connection is lost, which reading will tell.
             let _ = self.socket.shutdown(Shutdown::Write);
         }
-        let (news, again) = self.read_socket(id, now, machine);
+        let (news, again) = self.read_socket(id, now, machine, &mut progress.moved);
         progress.again |= again;
         // A lost connection's last bytes go to the client as far as there is room; nobody waits for more.
         progress.news = match news {
@@ -193,11 +195,12 @@ impl Tcp {
         Progress {
             news: Some(news),
             again: self.readable,
+            moved: 0,
         }
     }
 
-    /// Returns whether there is more to do.
-    fn write_socket(&mut self, id: FlowId, now: Timestamp, machine: &mut Machine) -> bool {
+    /// Adds what it has moved, and returns whether there is more to do.
+    fn write_socket(&mut self, id: FlowId, now: Timestamp, machine: &mut Machine, moved: &mut usize) -> bool {
         let mut left = QUANTUM;
         while self.has_bytes && self.writable {
             if left == 0 {
@@ -207,18 +210,22 @@ impl Tcp {
             machine.read(now, id, |bytes| *taken.insert(self.send(bytes)));
             match taken {
                 None => self.has_bytes = false,
-                Some(taken) => left = left.saturating_sub(taken),
+                Some(taken) => {
+                    left = left.saturating_sub(taken);
+                    *moved += taken;
+                }
             }
         }
         false
     }
 
-    /// Returns what the engine has to know, and whether there is more to do.
+    /// Adds what it has moved, and returns what the engine has to know and whether there is more to do.
     fn read_socket(
         &mut self,
         id: FlowId,
         now: Timestamp,
         machine: &mut Machine,
+        moved: &mut usize,
     ) -> (Option<UpstreamEvent<'static>>, bool) {
         let mut left = QUANTUM;
         while self.has_room && self.readable && !self.finished {
@@ -242,6 +249,7 @@ impl Tcp {
                 Some((Ok(filled), lent)) => {
                     self.readable = filled == lent || self.read_closed || self.broken;
                     left = left.saturating_sub(filled);
+                    *moved += filled;
                 }
                 Some((Err(error), _)) if error.kind() == ErrorKind::WouldBlock => self.readable = false,
                 Some((Err(_), _)) => return (Some(UpstreamEvent::Reset), false),
