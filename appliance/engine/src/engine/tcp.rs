@@ -45,6 +45,7 @@ impl Engine {
                     config: &self.config,
                     hasher: &self.hasher,
                     arena: &mut self.arena,
+                    flows: self.tcp_flows,
                     world,
                 };
                 let dropped = flow.handle_segment(id, segment, &mut cx);
@@ -193,9 +194,10 @@ impl Engine {
                     config: &self.config,
                     hasher: &self.hasher,
                     arena: &mut self.arena,
+                    flows: self.tcp_flows,
                     world,
                 };
-                if flow.handle_connected(id, self.tcp_flows, &mut cx) {
+                if flow.handle_connected(id, &mut cx) {
                     flow.half_open = false;
                     self.half_open -= 1;
                     mark_dirty(&mut self.dirty, id, flow);
@@ -268,6 +270,7 @@ impl Engine {
             config: &self.config,
             hasher: &self.hasher,
             arena: &mut self.arena,
+            flows: self.tcp_flows,
             world,
         };
         match flow.take_turn(id, &mut cx) {
@@ -311,6 +314,7 @@ impl Engine {
             config: &self.config,
             hasher: &self.hasher,
             arena: &mut self.arena,
+            flows: self.tcp_flows,
             world,
         };
         flow.abort(silent, &mut cx);

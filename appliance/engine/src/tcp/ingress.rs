@@ -153,11 +153,11 @@ impl TcpFlow {
             && self.conversation.is_none()
             && matches!(self.upstream, Upstream::Open { .. })
             && self.relay.is_open();
-        let relay = &mut self.relay;
+        let (relay, buffer) = (&mut self.relay, cx.buffer_size());
         let (now, world) = (cx.now, &mut *cx.world);
         let taking = catch_unwind(AssertUnwindSafe(|| {
             if is_near && flags.ack() {
-                stack.on_acknowledgment(now, segment)?;
+                stack.on_acknowledgment(now, segment, buffer)?;
             }
             // A pure ACK in its place has nothing more to say.
             if !stack.is_open() || segment.sequence_len() > 0 || segment.sequence != expected {

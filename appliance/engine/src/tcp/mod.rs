@@ -159,7 +159,21 @@ pub(crate) struct Context<'a> {
     pub(crate) config: &'a Config,
     pub(crate) hasher: &'a KeyHasher,
     pub(crate) arena: &'a mut Arena,
+    /// How many TCP flows are open.
+    pub(crate) flows: usize,
     pub(crate) world: &'a mut dyn World,
+}
+
+impl Context<'_> {
+    /// Bytes that one direction of a flow may buffer while there are so many flows.
+    fn buffer_size(&self) -> usize {
+        let by_load = BUFFERS_BY_LOAD
+            .iter()
+            .find(|(below, _)| self.flows < *below)
+            .expect("the last is for any number")
+            .1;
+        by_load.min(self.config.limits.buffer_per_flow as usize)
+    }
 }
 
 /// What became of a flow after its turn.
@@ -324,16 +338,11 @@ impl TcpFlow {
     // ---- from the upstream -------------------------------------------------------------------------------------
 
     /// The upstream is connected: answers the SYN. `false` if there is no memory for it.
-    pub(crate) fn handle_connected(&mut self, id: FlowId, flows: usize, cx: &mut Context<'_>) -> bool {
+    pub(crate) fn handle_connected(&mut self, id: FlowId, cx: &mut Context<'_>) -> bool {
         if !self.is_connecting() {
             return true;
         }
-        let by_load = BUFFERS_BY_LOAD
-            .iter()
-            .find(|(below, _)| flows < *below)
-            .expect("the last is for any number")
-            .1;
-        let receive = by_load.min(cx.config.limits.buffer_per_flow as usize);
+        let receive = cx.buffer_size();
         let send = match cx.config.clients {
             Clients::Local => receive,
             // A path that is long or loses keeps more on its way; what is not needed is not touched.

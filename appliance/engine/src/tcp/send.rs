@@ -88,12 +88,14 @@ impl SendHalf {
         base.checked_add_signed(i64::from(distance))
     }
 
-    /// Takes the acknowledgment in a segment, and frees what it acknowledges.
+    /// Takes the acknowledgment in a segment, and frees what it acknowledges. For a client that is near, the ring grows to
+    /// `buffer` bytes at most.
     pub(super) fn on_segment(
         &mut self,
         now: Timestamp,
         segment: &TcpView<'_>,
         ring: &mut Ring,
+        buffer: usize,
     ) -> Result<(), Unacceptable> {
         let Some(acknowledged) = self.offset_of(segment.acknowledgment) else {
             return Err(Unacceptable);
@@ -109,12 +111,12 @@ impl SendHalf {
             if freed == 0 {
                 return Ok(());
             }
-            self.free(freed, ring);
+            self.free(freed, ring, buffer);
         } else {
             let mut blocks = [Block { start: 0, end: 0 }; BLOCKS_MAX];
             let count = self.blocks_of(segment.options.sack, &mut blocks);
             let freed = self.recovery.on_ack(now, &ack, &blocks[..count])?;
-            self.free(freed, ring);
+            self.free(freed, ring, buffer);
         }
         Ok(())
     }
@@ -136,14 +138,20 @@ impl SendHalf {
         count
     }
 
-    /// Forgets bytes that the client has, and lets the buffer grow with the window.
-    fn free(&mut self, freed: u64, ring: &mut Ring) {
+    /// Forgets bytes that the client has, and lets the ring grow with the window; `buffer` as in [`SendHalf::on_segment`].
+    fn free(&mut self, freed: u64, ring: &mut Ring, buffer: usize) {
         ring.release(ring.len().min(usize::try_from(freed).unwrap_or(usize::MAX)));
         ring.rewind();
         if self.start.congestion != CongestionControl::None {
             // More than the window, since a loss holds the first byte back while others are acknowledged.
             let window = self.recovery.window().saturating_mul(3);
-            ring.grow(usize::try_from(window).unwrap_or(usize::MAX));
+            let window = usize::try_from(window).unwrap_or(usize::MAX);
+            // What is on its way to somebody near waits in queues: more would only make others wait.
+            ring.grow(if self.recovery.is_near() {
+                window.min(buffer)
+            } else {
+                window
+            });
         }
     }
 

@@ -146,14 +146,16 @@ impl Stack {
 
     // ---- from the client ---------------------------------------------------------------------------------------
 
-    /// Takes what a segment acknowledges, once the handshake is complete. An error asks for an ACK in return.
+    /// Takes what a segment acknowledges, once the handshake is complete; `buffer` as in [`SendHalf::on_segment`]. An
+    /// error asks for an ACK in return.
     pub(super) fn on_acknowledgment(
         &mut self,
         now: Timestamp,
         segment: &TcpView<'_>,
+        buffer: usize,
     ) -> Result<(), Unacceptable> {
         match &mut self.send {
-            Some(send) => send.on_segment(now, segment, &mut self.ring),
+            Some(send) => send.on_segment(now, segment, &mut self.ring, buffer),
             None => Ok(()),
         }
     }

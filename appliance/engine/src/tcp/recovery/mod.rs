@@ -354,6 +354,11 @@ impl Recovery {
         earlier(sooner, earlier(earlier(reorder, probe), timeout))
     }
 
+    /// Whether the path is so short that it is not paced.
+    pub fn is_near(&self) -> bool {
+        self.round_trip.minimum().is_some_and(|rtt| rtt < NEAR)
+    }
+
     /// What may be in flight, in bytes.
     pub fn window(&self) -> u64 {
         self.send_window()
@@ -973,8 +978,7 @@ impl Recovery {
 
     /// Bytes per second, where what is sent is paced.
     fn pacing_rate(&self) -> Option<u64> {
-        let is_near = self.round_trip.minimum().is_some_and(|rtt| rtt < NEAR);
-        self.congestion.pacing_rate().filter(|_| !is_near)
+        self.congestion.pacing_rate().filter(|_| !self.is_near())
     }
 
     /// What one packet may carry: whole segments.
