@@ -31,9 +31,9 @@ enum Build {
 ///
 /// The first difference, by the capture's name.
 pub(crate) fn check(workspace: &Workspace, folder: &Path) -> Result<usize> {
-    let build = ["build", "--package=tungate-sim", "--bin=replay"];
-    let debug = workspace.executable(&build)?;
-    let release = workspace.executable(&[&build[..], &["--release"]].concat())?;
+    // With the features that the tests' builds have, so that these find all of it built.
+    let debug = workspace.executable(&["build", "--workspace", "--bin=replay"])?;
+    let release = workspace.executable(&["build", "--release", "--package=tungate-sim", "--bin=replay"])?;
     let mut first: Option<Vec<Value>> = None;
     for (build, jobs) in RUNS {
         let program = match build {

@@ -127,6 +127,15 @@ const STEPS: &[Step] = &[
         },
     },
     Step {
+        name: "kernel pre-filter",
+        work: Work::Tests {
+            package: "tungate-sim",
+            folder: "sim",
+            test: "prefilter",
+            environment: &[("TUNGATE_LONG", Amount::Fixed(1))],
+        },
+    },
+    Step {
         name: "live relay",
         work: Work::Tests {
             package: "tungate",

@@ -15,7 +15,7 @@ use super::card::{Card, Refused};
 use super::datagram::DatagramFlow;
 use super::host::Host;
 use super::item::{Cause, Counts, Item, Judged, Packet, Record, Reply, Verdict, What};
-use super::prefilter::{Filter, Seen};
+use super::prefilter::Seen;
 use super::repair::{self, Checksums, Soundness};
 use super::roles::{Begins, Place};
 use super::stage::{Flow, Stage, Wanted};
@@ -109,8 +109,8 @@ impl Shard {
         shard
     }
 
-    /// Does what `item` says, behind everything that is due before it.
-    pub(super) fn play(&mut self, item: &Item, bytes: &mut [u8], filter: &mut Filter) -> Option<Reply> {
+    /// Does what `item` says, behind everything that is due before it. `seen` is what the pre-filter made of it.
+    pub(super) fn play(&mut self, item: &Item, bytes: &mut [u8], seen: Option<Seen>) -> Option<Reply> {
         self.advance(item.time);
         self.now = item.time;
         match &item.what {
@@ -119,11 +119,11 @@ impl Shard {
                 None
             }
             What::Packet(side, place, packet) => {
-                self.play_packet(*side, place, packet, bytes, filter);
+                self.play_packet(*side, place, packet, bytes, seen);
                 None
             }
             What::Answer(place, packet) => {
-                self.play_packet(Side::Target, place, packet, bytes, filter);
+                self.play_packet(Side::Target, place, packet, bytes, None);
                 Some(Reply::Learned(std::mem::take(&mut self.stage.learned)))
             }
             What::Learned(learned) => {
@@ -133,7 +133,6 @@ impl Shard {
                 None
             }
             What::ClientFragment(packet) => {
-                let seen = self.look(bytes, packet, filter);
                 let ip = ip_of(bytes, packet);
                 Some(Reply::Fragment(self.fragment_from_client(packet, ip, seen)))
             }
@@ -166,12 +165,8 @@ impl Shard {
         place: &Place,
         packet: &Packet,
         bytes: &mut [u8],
-        filter: &mut Filter,
+        seen: Option<Seen>,
     ) {
-        let seen = match side {
-            Side::Client if !packet.is_reassembled => self.look(bytes, packet, filter),
-            Side::Client | Side::Target | Side::None => None,
-        };
         let ip = ip_of(bytes, packet);
         self.stage
             .begin(self.now, Cause::Packet(packet.number), Some(place.slot));
@@ -283,13 +278,6 @@ impl Shard {
         {
             flow.make_room_for(place.slot);
         }
-    }
-
-    /// What the pre-filter makes of a packet's frame.
-    fn look(&self, bytes: &[u8], packet: &Packet, filter: &mut Filter) -> Option<Seen> {
-        let start = packet.frame as usize;
-        let end = start + usize::from(packet.link_len) + packet.len as usize;
-        filter.look(self.stage.policy, self.now, &bytes[start..end])
     }
 
     fn play_client(&mut self, place: &Place, packet: &Packet, ip: &mut [u8], seen: Option<Seen>) {

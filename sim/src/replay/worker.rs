@@ -10,6 +10,10 @@ use super::item::{Batch, Counts, End, Output, Reply};
 use super::prefilter::Filter;
 use super::shard::{Setup, Shard};
 
+/// How many items the pre-filter is ahead of the engine: enough to share what it takes to change over, few enough that
+/// their packets are still in the cache.
+const AHEAD: usize = 64;
+
 /// Plays the items of every `jobs`-th shard.
 pub(super) struct Worker<'a> {
     pub(super) index: usize,
@@ -33,6 +37,7 @@ impl<'a> Worker<'a> {
     pub(super) fn run(mut self) -> Done {
         let mut shards: Vec<Shard> = Vec::new();
         let mut output: Box<Output> = Box::default();
+        let mut seen = Vec::new();
         let place: [u8; SHARDS as usize] = std::array::from_fn(|shard| (shard / self.jobs) as u8);
         while let Ok(mut batch) = self.work.recv() {
             if shards.is_empty() {
@@ -47,11 +52,14 @@ impl<'a> Worker<'a> {
             }
             let mut answer = None;
             let Batch { items, bytes, .. } = &mut *batch;
-            for item in items.iter() {
-                let shard = &mut shards[usize::from(place[usize::from(item.shard.0)])];
-                std::mem::swap(&mut output, &mut shard.stage.output);
-                answer = shard.play(item, bytes, &mut self.filter);
-                std::mem::swap(&mut output, &mut shard.stage.output);
+            for items in items.chunks(AHEAD) {
+                self.filter.look_ahead(items, bytes, &mut seen);
+                for (item, seen) in items.iter().zip(&seen) {
+                    let shard = &mut shards[usize::from(place[usize::from(item.shard.0)])];
+                    std::mem::swap(&mut output, &mut shard.stage.output);
+                    answer = shard.play(item, bytes, *seen);
+                    std::mem::swap(&mut output, &mut shard.stage.output);
+                }
             }
             match batch.end {
                 End::Reply => {
