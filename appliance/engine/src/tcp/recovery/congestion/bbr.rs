@@ -445,14 +445,22 @@ impl Bbr {
             return;
         }
         self.rival_reduced_at = sample.sent;
+        let (segment, window) = (
+            self.segment as u32,
+            self.product(1000).max(sample.in_flight_before),
+        );
         let rival = self
             .rival
-            .get_or_insert_with(|| Cubic::from_window(self.segment as u32, sample.in_flight_before));
+            .get_or_insert_with(|| Cubic::from_window(segment, window));
         rival.on_congestion(sample.now, sample.in_flight_before);
         rival.on_recovered(sample.now, false);
     }
 
+    /// Whether a loss has come in a queue of others. With little in flight, ACKs that are held back look like one.
     fn is_queue_long(&self, sample: &Sample) -> bool {
+        if sample.in_flight_before < self.product(500) {
+            return false;
+        }
         let lowest = sample.rtt_minimum.unwrap_or(self.rtt);
         let segments = RIVAL_QUEUE_SEGMENTS * self.segment * 1_000_000_000 / self.pacing_rate.max(1);
         let least = RIVAL_QUEUE_MIN + Duration::from_nanos(segments);
