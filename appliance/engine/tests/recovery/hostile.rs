@@ -6,10 +6,10 @@ use tungate_engine::Timestamp;
 use tungate_engine::recovery::{Ack, Block, CongestionControl, Recovery, Setup, Transmit, Unacceptable};
 
 /// SplitMix64.
-struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
+    pub fn below(&mut self, bound: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -24,13 +24,16 @@ impl Random {
     }
 }
 
+/// The number in an environment variable.
+pub fn number_of(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).map_or(default, |text| text.parse().expect("a number"))
+}
+
 /// Random ACKs, selective acknowledgments, timers and data: the books balance, and the sender can always go on.
 #[test]
 fn a_client_may_say_anything() {
-    let steps: u64 =
-        std::env::var("RECOVERY_STEPS").map_or(100_000, |steps| steps.parse().expect("a number"));
-    let seed: u64 = std::env::var("RECOVERY_SEED").map_or(1, |seed| seed.parse().expect("a number"));
-    let mut random = Random(seed);
+    let steps = number_of("RECOVERY_STEPS", 100_000);
+    let mut random = Random(number_of("RECOVERY_SEED", 1));
     let mut done = 0;
     while done < steps {
         done += 2_000;

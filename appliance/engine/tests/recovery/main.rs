@@ -14,6 +14,7 @@
 //! ```
 
 mod hostile;
+mod mutated;
 #[path = "../support/mod.rs"]
 mod support;
 
@@ -72,7 +73,7 @@ fn the_send_half_does_what_the_rfcs_say() {
             let _ = writeln!(failures, "{name}\n  expected\n{expected}  sent\n{sent}");
         }
     }
-    assert!(scripts.len() >= 30, "only {} scripts", scripts.len());
+    assert!(scripts.len() >= 40, "only {} scripts", scripts.len());
     assert!(failures.is_empty(), "\n{failures}");
 }
 
