@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use tungate_engine::config::Clients;
+use tungate_engine::recovery::CongestionControl::{self, Bbr, Cubic};
 use tungate_engine::{CloseReason, Config};
 use tungate_sim::link::{
     Acknowledging, Discipline, Loss, Manner, Outcome, Pause, Queue, Reordering, Run, Shape, Stage, Traffic,
@@ -24,22 +25,34 @@ fn path() -> (Shape, Shape) {
     (down, way)
 }
 
-fn config() -> Config {
+fn config(control: CongestionControl) -> Config {
     let mut config = Config {
         clients: Clients::Routed,
+        congestion: Some(control),
         ..Config::default()
     };
     config.limits.buffer_bytes = 64 << 20;
     config
 }
 
-fn transfer(seed: u64, (down, up): (Shape, Shape), bytes: u64, manner: Manner, limit: u64) -> Outcome {
+fn transfer(seed: u64, path: (Shape, Shape), bytes: u64, manner: Manner, limit: u64) -> Outcome {
+    transfer_by(Cubic, seed, path, bytes, manner, limit)
+}
+
+fn transfer_by(
+    control: CongestionControl,
+    seed: u64,
+    path: (Shape, Shape),
+    bytes: u64,
+    manner: Manner,
+    limit: u64,
+) -> Outcome {
     let traffic = Traffic {
         start: Duration::ZERO,
         bytes,
         manner,
     };
-    let mut run = Run::new(seed, (down, up), config(), vec![traffic]);
+    let mut run = Run::new(seed, path, config(control), vec![traffic]);
     run.finish(Duration::from_secs(limit));
     run.outcome()
 }
@@ -198,6 +211,12 @@ fn hardships() -> Vec<(&'static str, (Shape, Shape), Manner)> {
             closes_first,
         ),
         (
+            "client closes first, heavy loss",
+            (lossy(down, 0.1), lossy(up, 0.1)),
+            closes_first,
+        ),
+        ("heavy loss both ways", (lossy(down, 0.2), lossy(up, 0.2)), manner),
+        (
             "upload, then close",
             (lossy(down, 0.02), lossy(up, 0.02)),
             Manner {
@@ -220,17 +239,34 @@ fn hardships() -> Vec<(&'static str, (Shape, Shape), Manner)> {
     ]
 }
 
+/// The number in an environment variable.
+fn number_of(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).map_or(default, |text| text.parse().expect("a number"))
+}
+
 #[test]
 fn whatever_happens_on_the_way_everything_arrives_and_both_sides_close() {
+    let seeds = number_of("LINK_SEEDS", 2);
+    let bytes = number_of("LINK_BYTES", 500_000);
+    let first = 1_000 * number_of("LINK_SEED", 0);
     for (name, path, manner) in hardships() {
-        for seed in 0..3 {
-            let outcome = transfer(seed, path, 1_000_000, manner, 600);
-            eprintln!("{name}, seed {seed}: {:?}", outcome.flows[0]);
-            assert_complete(&outcome, 1_000_000);
-            assert_eq!(
-                outcome.flows[0].uploaded,
-                manner.upload.map_or(0, |upload| upload.bytes)
-            );
+        for control in [Cubic, Bbr] {
+            let mut slowest = Duration::ZERO;
+            for seed in first..first + seeds {
+                let outcome = transfer_by(control, seed, path, bytes, manner, 3_600);
+                let flow = &outcome.flows[0];
+                let what = format!("{name}, {control:?}, seed {seed}: {outcome:?}");
+                assert_eq!(flow.received, bytes, "{what}");
+                assert_eq!(
+                    flow.uploaded,
+                    manner.upload.map_or(0, |upload| upload.bytes),
+                    "{what}"
+                );
+                assert_eq!(flow.stage, Stage::Finished, "{what}");
+                assert_eq!(flow.closed, Some(CloseReason::Finished), "{what}");
+                slowest = slowest.max(flow.finished_after.expect("it has ended"));
+            }
+            eprintln!("{name}, {control:?}: {slowest:.1?} at most");
         }
     }
 }
@@ -251,7 +287,7 @@ fn ipv6_is_the_same_but_for_its_header() {
         loss: Loss::Random(0.01),
         ..down
     };
-    let mut run = Run::new(1, (down, up), config(), vec![traffic]).over_ipv6();
+    let mut run = Run::new(1, (down, up), config(Bbr), vec![traffic]).over_ipv6();
     run.finish(Duration::from_secs(600));
     assert_complete(&run.outcome(), 1_000_000);
 }

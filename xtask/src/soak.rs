@@ -86,7 +86,21 @@ const STEPS: &[Step] = &[
             test: "recovery",
             environment: &[
                 ("RECOVERY_STEPS", Amount::Fixed(100_000_000)),
+                ("RECOVERY_SEGMENTS", Amount::Fixed(10_000_000)),
                 ("RECOVERY_SEED", Amount::Round),
+            ],
+        },
+    },
+    Step {
+        name: "link",
+        work: Work::Tests {
+            package: "tungate-sim",
+            folder: "sim",
+            test: "link",
+            environment: &[
+                ("LINK_SEEDS", Amount::Fixed(40)),
+                ("LINK_BYTES", Amount::Fixed(4_000_000)),
+                ("LINK_SEED", Amount::Round),
             ],
         },
     },
