@@ -18,6 +18,9 @@ pub(crate) struct Cell {
     pub(super) loss: Losses,
     pub(super) flows: u32,
     pub(super) task: Task,
+    /// Every other flow is of somebody else, by Cubic: the kernel, or in the model another engine.
+    #[serde(default)]
+    pub(super) beside: bool,
 }
 
 /// What is lost behind the queue, towards the client.
@@ -124,12 +127,14 @@ impl fmt::Display for Cell {
             loss,
             flows,
             task,
+            beside,
         } = self;
         write!(f, "{megabits}M {round_trip_millis}ms q{queue} {loss} x{flows}")?;
         match task {
-            Task::Fill(seconds) => write!(f, " {seconds}s"),
-            Task::Transfer(bytes) => write!(f, " {}KB", bytes / 1000),
+            Task::Fill(seconds) => write!(f, " {seconds}s")?,
+            Task::Transfer(bytes) => write!(f, " {}KB", bytes / 1000)?,
         }
+        f.write_str(if *beside { " beside-cubic" } else { "" })
     }
 }
 

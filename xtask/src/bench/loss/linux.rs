@@ -19,6 +19,8 @@ use super::namespace::{Namespace, ip};
 const SERVER: &str = "198.18.1.1";
 const CLIENT: &str = "198.18.1.2";
 const PORT: u16 = 5001;
+/// Where the kernel sends by Cubic beside others.
+const PORT_BESIDE: u16 = 5002;
 /// The kernel doubles it, and counts its own structures in: about 4 MB of payload, what a flow of the engine has.
 const SEND_BUFFER: libc::c_int = 2_200_000;
 /// How long a transfer may take.
@@ -43,15 +45,20 @@ pub(super) fn measure(
         })?;
     }
     let (appliance, listener, address) = match appliance {
-        None => (None, server.run(|| listen(SERVER, control))?, SERVER),
+        None => (None, server.run(|| listen(SERVER, PORT, control))?, SERVER),
         Some(program) => {
             client.run(|| ip(&format!("route add default via {SERVER}")))?;
             let appliance = Appliance::start(program, &server, NAME, control)?;
-            let listener = appliance.origin.run(|| listen(ORIGIN, Control::Cubic))?;
+            let listener = appliance.origin.run(|| listen(ORIGIN, PORT, Control::Cubic))?;
             (Some(appliance), listener, ORIGIN)
         }
     };
-    let run = |seed| run(cell, seed, &ends, &client, (&listener, address));
+    let mut servers = vec![(listener, address)];
+    if cell.beside {
+        let beside = server.run(|| listen(SERVER, PORT_BESIDE, Control::Cubic))?;
+        servers.push((beside, SERVER));
+    }
+    let run = |seed| run(cell, seed, &ends, &client, &servers);
     let figures = (1..=seeds).map(run).collect();
     drop(appliance);
     figures
@@ -63,31 +70,34 @@ fn run(
     seed: u64,
     (server, client): &(End, End),
     inside: &Namespace,
-    server_socket: (&TcpListener, &str),
+    servers: &[(TcpListener, &str)],
 ) -> Result<Figures> {
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         let forwarder = scope.spawn(|| forward((server, client), cell.path(), seed, &stop));
-        let received = transfer(cell, inside, server_socket);
+        let received = transfer(cell, inside, servers);
         stop.store(true, Ordering::Relaxed);
         let forwarded = forwarder.join().expect("it does not panic")?;
         Ok(figures(seed, cell.task, &received?, &forwarded))
     })
 }
 
-fn transfer(
-    cell: &Cell,
-    inside: &Namespace,
-    (listener, address): (&TcpListener, &str),
-) -> Result<Vec<Received>> {
+fn transfer(cell: &Cell, inside: &Namespace, servers: &[(TcpListener, &str)]) -> Result<Vec<Received>> {
     let bytes = match cell.task {
         Task::Fill(_) => u64::MAX,
         Task::Transfer(bytes) => bytes,
     };
     thread::scope(|scope| {
         let began = Instant::now();
+        let mut addresses = Vec::new();
+        for (listener, address) in servers {
+            let port = listener.local_addr().context("a listener has an address")?.port();
+            addresses.push(SocketAddr::new(address.parse().expect("an address"), port));
+        }
+        let addresses = &addresses;
         let receivers: Vec<_> = (0..cell.flows)
             .map(|index| {
+                let address = addresses[index as usize % addresses.len()];
                 let receive = move || {
                     inside.enter()?;
                     thread::sleep(Cell::start(index).saturating_sub(began.elapsed()));
@@ -97,8 +107,11 @@ fn transfer(
             })
             .collect();
         let mut senders = Vec::new();
-        for _ in 0..cell.flows {
-            let (stream, _) = listener.accept().context("no connection over the path")?;
+        for index in 0..cell.flows as usize {
+            let (stream, _) = servers[index % servers.len()]
+                .0
+                .accept()
+                .context("no connection over the path")?;
             senders.push(stream.try_clone().context("cannot clone a socket")?);
             scope.spawn(move || send(stream, bytes));
         }
@@ -148,9 +161,8 @@ struct Received {
 }
 
 /// Receives until the end of a transfer, or of the time that began at `all_began`.
-fn receive(address: &str, task: Task, all_began: Instant) -> Result<Received> {
+fn receive(server: SocketAddr, task: Task, all_began: Instant) -> Result<Received> {
     let began = Instant::now();
-    let server: SocketAddr = format!("{address}:{PORT}").parse().expect("an address");
     let mut stream = TcpStream::connect(server).context("cannot connect over the path")?;
     let end = match task {
         Task::Fill(seconds) => all_began + Duration::from_secs(seconds),
@@ -198,8 +210,8 @@ fn send(mut stream: TcpStream, mut bytes: u64) {
     let _ = stream.read(&mut [0]); // until the receiver has closed as well
 }
 
-fn listen(address: &str, control: Control) -> Result<TcpListener> {
-    let listener = TcpListener::bind((address, PORT)).context("cannot listen")?;
+fn listen(address: &str, port: u16, control: Control) -> Result<TcpListener> {
+    let listener = TcpListener::bind((address, port)).context("cannot listen")?;
     let name = control.name().as_bytes();
     option(&listener, libc::IPPROTO_TCP, libc::TCP_CONGESTION, name)
         .with_context(|| format!("this kernel has no {}", control.name()))?;

@@ -187,6 +187,7 @@ fn cells(options: &Options) -> Vec<(Cell, u64)> {
                     loss,
                     flows,
                     task,
+                    beside: false,
                 };
                 if !options.quick || (flows == 1 && round_trip_millis == 20 && megabits == 100) {
                     cells.push((cell, seeds));
@@ -201,6 +202,7 @@ fn cells(options: &Options) -> Vec<(Cell, u64)> {
         loss: Losses::None,
         flows: 1,
         task: Task::Fill(options.seconds),
+        beside: false,
     };
     for queue in [5, 10] {
         cells.push((Cell { queue, ..base }, seeds));
@@ -212,8 +214,16 @@ fn cells(options: &Options) -> Vec<(Cell, u64)> {
         }
     }
     for flows in [2, 8] {
-        let task = Task::Fill(6 * options.seconds);
-        cells.push((Cell { flows, task, ..base }, seeds.min(3)));
+        for beside in [false, true] {
+            let task = Task::Fill(6 * options.seconds);
+            let cell = Cell {
+                flows,
+                task,
+                beside,
+                ..base
+            };
+            cells.push((cell, seeds.min(3)));
+        }
     }
     cells.retain(|(cell, _)| cell.has(&options.only));
     cells

@@ -23,12 +23,12 @@ pub(super) fn measure(cell: &Cell, control: Control, seed: u64) -> Figures {
         bytes,
         manner: Manner::default(),
     };
-    let mut run = Run::new(
-        seed,
-        cell.path(),
-        config(control),
-        (0..cell.flows).map(traffic).collect(),
-    );
+    let every = if cell.beside { 2 } else { 1 };
+    let flows = |first: u32| (first..cell.flows).step_by(every).map(traffic).collect();
+    let mut run = Run::new(seed, cell.path(), config(control), flows(0));
+    if cell.beside {
+        run = run.beside(config(Control::Cubic), flows(1));
+    }
     match cell.task {
         Task::Fill(seconds) => run.advance(Duration::from_secs(seconds)),
         Task::Transfer(_) => run.finish(LIMIT),
