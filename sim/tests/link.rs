@@ -32,6 +32,8 @@ fn config(control: CongestionControl) -> Config {
         ..Config::default()
     };
     config.limits.buffer_bytes = 64 << 20;
+    // Where a fifth is lost both ways, so many SYN-ACKs and answers may be.
+    config.timeouts.handshake = Duration::from_secs(600);
     config
 }
 

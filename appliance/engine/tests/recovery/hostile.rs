@@ -6,10 +6,10 @@ use tungate_engine::Timestamp;
 use tungate_engine::recovery::{Ack, Block, CongestionControl, Recovery, Setup, Transmit, Unacceptable};
 
 /// SplitMix64.
-pub struct Random(pub u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    pub fn below(&mut self, bound: u64) -> u64 {
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -25,7 +25,7 @@ impl Random {
 }
 
 /// The number in an environment variable.
-pub fn number_of(variable: &str, default: u64) -> u64 {
+pub(crate) fn number_of(variable: &str, default: u64) -> u64 {
     std::env::var(variable).map_or(default, |text| text.parse().expect("a number"))
 }
 

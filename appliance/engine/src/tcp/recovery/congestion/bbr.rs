@@ -65,10 +65,12 @@ const CRUISE_ROUNDS_MAX: u64 = 63;
 /// Somebody else's queue: between our own probes, round-trip times are above the lowest by so many thousandths of it,
 /// and by more than the time of so many segments, which is what packets and timers make anyway.
 const RIVAL_QUEUE: u64 = 100;
-const RIVAL_QUEUE_SEGMENTS: u64 = 6;
+const RIVAL_QUEUE_SEGMENTS: u64 = 3;
 const RIVAL_QUEUE_MIN: Duration = Duration::from_micros(500);
 /// What our own probe leaves has gone after so many rounds.
 const OWN_QUEUE_ROUNDS: u64 = 5;
+/// So many rounds with losses, but no queue, show that there is no rival.
+const RIVAL_DOUBTS: u32 = 3;
 /// Where a rival holds the queue, a window is spread over four fifths of a round trip.
 const RIVAL_PACING: u64 = 1250;
 /// Rounds after which the measure of how ACKs bunch is forgotten.
@@ -114,8 +116,10 @@ pub(super) struct Bbr {
     rtt: Duration,
     /// What Cubic would do, where somebody else fills the queue.
     rival: Option<Cubic>,
-    /// Its latest reduction holds for what is sent from here on.
-    rival_reduced_at: u64,
+    /// Losses are looked at once a round: next when what is sent from here on is acknowledged.
+    rival_judged_at: u64,
+    /// Rounds with losses and no queue, since there was one.
+    rival_doubts: u32,
 }
 
 /// A round trip: from a transmission to its ACK.
@@ -167,7 +171,8 @@ impl Bbr {
             kept_window: 0,
             rtt: Duration::ZERO,
             rival: None,
-            rival_reduced_at: 0,
+            rival_judged_at: 0,
+            rival_doubts: 0,
         }
     }
 
@@ -424,27 +429,43 @@ impl Bbr {
     }
 
     /// Losses in a queue that is not ours: somebody fills it who backs off by them. So does this flow then, as Cubic
-    /// would, until that bound is far above what the model asks for.
+    /// would, until that bound is far above what the model asks for, or until losses come without a queue: those are
+    /// the path's own.
     fn yield_to_rivals(&mut self, sample: &Sample) {
         // A loss that a timer finds comes with none.
         self.rtt = sample.rtt.unwrap_or(self.rtt);
         let most = 2 * self.product(WINDOW);
         if let Some(rival) = &mut self.rival {
-            rival.on_ack(sample);
+            rival.on_ack(&Sample {
+                in_recovery: false,
+                ..*sample
+            });
             if rival.window() > most {
                 self.rival = None;
             }
         }
-        let may_be_ours =
-            self.cycle_rounds < OWN_QUEUE_ROUNDS || !matches!(self.state, State::Cruise | State::Down);
+        // With little in flight, ACKs that are held back look like a queue.
         if sample.lost == 0
-            || sample.acknowledged < self.rival_reduced_at
-            || (self.rival.is_none() && may_be_ours)
-            || !self.is_queue_long(sample)
+            || sample.acknowledged < self.rival_judged_at
+            || sample.in_flight_before < self.product(500)
         {
             return;
         }
-        self.rival_reduced_at = sample.sent;
+        let may_be_ours =
+            self.cycle_rounds < OWN_QUEUE_ROUNDS || !matches!(self.state, State::Cruise | State::Down);
+        let is_long = self.is_queue_long(sample);
+        if self.rival.is_none() && (may_be_ours || !is_long) {
+            return;
+        }
+        self.rival_judged_at = sample.sent;
+        if !is_long {
+            self.rival_doubts += 1;
+            if self.rival_doubts >= RIVAL_DOUBTS {
+                self.rival = None;
+            }
+            return;
+        }
+        self.rival_doubts = 0;
         let (segment, window) = (
             self.segment as u32,
             self.product(1000).max(sample.in_flight_before),
@@ -456,11 +477,7 @@ impl Bbr {
         rival.on_recovered(sample.now, false);
     }
 
-    /// Whether a loss has come in a queue of others. With little in flight, ACKs that are held back look like one.
     fn is_queue_long(&self, sample: &Sample) -> bool {
-        if sample.in_flight_before < self.product(500) {
-            return false;
-        }
         let lowest = sample.rtt_minimum.unwrap_or(self.rtt);
         let segments = RIVAL_QUEUE_SEGMENTS * self.segment * 1_000_000_000 / self.pacing_rate.max(1);
         let least = RIVAL_QUEUE_MIN + Duration::from_nanos(segments);
