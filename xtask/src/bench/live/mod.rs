@@ -327,6 +327,9 @@ impl Plan {
                     break;
                 }
             }
+            if workload.kind.leaves_traces() {
+                started = None;
+            }
         }
         Ok(())
     }

@@ -126,6 +126,12 @@ impl Kind {
     pub(super) fn needs_http(self) -> bool {
         matches!(self, Self::Http(_))
     }
+
+    /// Whether so many connections end with it that what is left of them (TIME-WAIT, resets, full buffers) would slow
+    /// down what comes next.
+    pub(super) fn leaves_traces(self) -> bool {
+        matches!(self, Self::Bulk(_, 64..) | Self::Connect | Self::Http(false))
+    }
 }
 
 impl Run<'_> {
