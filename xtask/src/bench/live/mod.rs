@@ -375,6 +375,9 @@ fn start<'a>(
     let is_plain = contender == Contender::Plain;
     let stage = Stage::build(tools, scenario, contender.join(scenario), is_plain)?;
     let mut processes = contender.start(&stage)?;
+    if !is_plain {
+        stage.wait_for_capture(PATIENCE)?;
+    }
     let ready = stage.client().wait_for_echo(stage.echo_targets()[0], PATIENCE);
     for process in &mut processes {
         process.check()?;

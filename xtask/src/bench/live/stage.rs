@@ -2,12 +2,14 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use super::contender::Programs;
 use super::namespace::Namespace;
-use super::process::Process;
+use super::process::{Process, check_interrupt};
 use super::scenario::{Place, Scenario};
 
 /// The appliance's interface to clients.
@@ -106,6 +108,28 @@ impl<'a> Stage<'a> {
             stage.server.wait_for_echo(address, super::PATIENCE)?;
         }
         Ok(stage)
+    }
+
+    /// Waits until what clients on the appliance's host send to targets no longer leaves by the uplink: until then they
+    /// get answers without any contender.
+    pub(super) fn wait_for_capture(&self, patience: Duration) -> Result<()> {
+        let end = Instant::now() + patience;
+        let target = self.echo_targets()[0].ip();
+        while self.client.is_none() {
+            let mut command = self.appliance.command("ip");
+            let output = command.args(["route", "get", &target.to_string()]).output();
+            let route = output.context("cannot run ip")?.stdout;
+            if !String::from_utf8_lossy(&route).contains(UPLINK) {
+                break;
+            }
+            check_interrupt()?;
+            ensure!(
+                Instant::now() < end,
+                "traffic to {target} still leaves by {UPLINK}"
+            );
+            thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
     }
 
     /// Where clients run.
