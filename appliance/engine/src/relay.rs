@@ -145,6 +145,7 @@ impl Relay {
 
     /// Lends what may pass of `bytes`, the client's bytes that wait. Returns how many of `bytes` are done with, and how
     /// many bytes the upstream took.
+    #[inline]
     pub(crate) fn lend(
         &mut self,
         bytes: &[u8],

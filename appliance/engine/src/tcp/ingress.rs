@@ -148,7 +148,6 @@ impl TcpFlow {
             reset.send(self.ingress, Some(id), cx.world);
             return keep.map(|_| DropReason::TcpWindow);
         }
-        let was_finished = stack.is_finished();
         let may_pass = self.established
             && self.conversation.is_none()
             && matches!(self.upstream, Upstream::Open { .. })
@@ -190,7 +189,7 @@ impl TcpFlow {
         if stack.expected() != expected {
             self.last_byte = cx.now;
         }
-        if stack.is_finished() && !was_finished && stack.owes_ack() {
+        if stack.is_finished() && stack.owes_ack() {
             // It would go in the flow's turn, but the flow gets none any more.
             stack.send_ack(cx.world);
         }

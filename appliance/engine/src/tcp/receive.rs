@@ -138,13 +138,7 @@ impl ReceiveHalf {
     /// Whether a segment is acceptable (RFC 9293, section 3.10.7.4). FIN and ACK alone have no `len`.
     pub(super) fn accepts(&self, sequence: u32, len: usize, fin: bool) -> bool {
         let start = i64::from(distance(self.expected(), sequence));
-        let end = start + len as i64;
-        let window = self.announced();
-        if len == 0 {
-            return start == 0 || (0 < start && start < window);
-        }
-        let has_bytes = window > 0 && ((0 <= start && start < window) || (0 < end && end <= window));
-        has_bytes || (fin && end == 0)
+        is_acceptable(start, len, fin, self.announced())
     }
 
     /// What is left of the announced window.
@@ -168,7 +162,9 @@ impl ReceiveHalf {
 
     /// Takes a segment's bytes, of which none lies beyond [`ReceiveHalf::limit`], and its FIN.
     pub(super) fn take(&mut self, now: Timestamp, sequence: u32, bytes: &[u8], fin: bool) -> Answer {
-        if !self.accepts(sequence, bytes.len(), fin) {
+        let start = i64::from(distance(self.expected(), sequence));
+        let window = self.announced();
+        if !is_acceptable(start, bytes.len(), fin, window) {
             // Bytes and FIN are repeated because our ACK was lost, or probe the window: their sender has to hear.
             if bytes.is_empty() && !fin {
                 if now < self.answer_at {
@@ -178,9 +174,7 @@ impl ReceiveHalf {
             }
             return Answer::Acknowledge;
         }
-        let start = i64::from(distance(self.expected(), sequence));
         let end = start + bytes.len() as i64;
-        let window = self.announced();
         if self.is_finished() {
             return Answer::None; // nothing comes behind FIN
         }
@@ -270,6 +264,16 @@ impl ReceiveHalf {
     pub(super) fn into_ring(self) -> Ring {
         self.ring
     }
+}
+
+/// Whether a segment that begins `start` bytes behind what is expected is acceptable to a window of `window` bytes.
+fn is_acceptable(start: i64, len: usize, fin: bool, window: i64) -> bool {
+    let end = start + len as i64;
+    if len == 0 {
+        return start == 0 || (0 < start && start < window);
+    }
+    let has_bytes = window > 0 && ((0 <= start && start < window) || (0 < end && end <= window));
+    has_bytes || (fin && end == 0)
 }
 
 /// The least window scale that lets a whole buffer be announced.

@@ -68,6 +68,7 @@ impl Ring {
     }
 
     /// Puts `bytes` where they belong, `gap` bytes behind the last; they do not count before [`Ring::extend`].
+    #[inline]
     pub(super) fn put(&mut self, gap: usize, bytes: &[u8]) {
         assert!(gap + bytes.len() <= self.limit - self.len, "there is room");
         let mut at = self.start + self.len + gap;
@@ -94,6 +95,7 @@ impl Ring {
     }
 
     /// The bytes `from..to`, counted from the first: in one piece or two.
+    #[inline]
     pub(super) fn get(&self, from: usize, to: usize) -> (&[u8], &[u8]) {
         assert!(from <= to && to <= self.len, "asked for what it holds");
         let bytes = self.buffer.bytes();

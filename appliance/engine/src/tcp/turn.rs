@@ -108,6 +108,7 @@ impl TcpFlow {
     }
 
     /// Tells the driver, once each: established, bytes wait, there is room, the client has closed, it is over.
+    #[inline]
     pub(super) fn tell(&mut self, id: FlowId, cx: &mut Context<'_>) {
         if let Some(name) = self.relay.take_name() {
             cx.world.event(&Event::Named {
