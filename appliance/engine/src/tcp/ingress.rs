@@ -4,7 +4,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::segment::{Control, Fields};
 use super::stack::Piece;
-use super::{CHALLENGE_INTERVAL, Context, Phase, TIME_WAIT, TcpFlow, Upstream, distance, recovery};
+use super::{
+    CHALLENGE_INTERVAL, Context, Phase, TIME_WAIT, TcpFlow, Upstream, buffer_size, distance, recovery,
+};
 use crate::addr::FlowId;
 use crate::event::{CloseReason, DropReason};
 use crate::packet::{TcpFlags, TcpView};
@@ -152,11 +154,12 @@ impl TcpFlow {
             && self.conversation.is_none()
             && matches!(self.upstream, Upstream::Open { .. })
             && self.relay.is_open();
-        let (relay, buffer) = (&mut self.relay, cx.buffer_size());
+        let relay = &mut self.relay;
+        let (flows, config) = (cx.flows, cx.config);
         let (now, world) = (cx.now, &mut *cx.world);
         let taking = catch_unwind(AssertUnwindSafe(|| {
             if is_near && flags.ack() {
-                stack.on_acknowledgment(now, segment, buffer)?;
+                stack.on_acknowledgment(now, segment, || buffer_size(flows, config))?;
             }
             // A pure ACK in its place has nothing more to say.
             if !stack.is_open() || segment.sequence_len() > 0 || segment.sequence != expected {

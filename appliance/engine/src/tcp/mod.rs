@@ -164,16 +164,14 @@ pub(crate) struct Context<'a> {
     pub(crate) world: &'a mut dyn World,
 }
 
-impl Context<'_> {
-    /// Bytes that one direction of a flow may buffer while there are so many flows.
-    fn buffer_size(&self) -> usize {
-        let by_load = BUFFERS_BY_LOAD
-            .iter()
-            .find(|(below, _)| self.flows < *below)
-            .expect("the last is for any number")
-            .1;
-        by_load.min(self.config.limits.buffer_per_flow as usize)
-    }
+/// Bytes that one direction of a flow may buffer while there are so many flows.
+fn buffer_size(flows: usize, config: &Config) -> usize {
+    let by_load = BUFFERS_BY_LOAD
+        .iter()
+        .find(|(below, _)| flows < *below)
+        .expect("the last is for any number")
+        .1;
+    by_load.min(config.limits.buffer_per_flow as usize)
 }
 
 /// What became of a flow after its turn.
@@ -342,7 +340,7 @@ impl TcpFlow {
         if !self.is_connecting() {
             return true;
         }
-        let receive = cx.buffer_size();
+        let receive = buffer_size(cx.flows, cx.config);
         let send = match cx.config.clients {
             Clients::Local => receive,
             // A path that is long or loses keeps more on its way; what is not needed is not touched.

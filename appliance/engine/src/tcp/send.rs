@@ -95,7 +95,7 @@ impl SendHalf {
         now: Timestamp,
         segment: &TcpView<'_>,
         ring: &mut Ring,
-        buffer: usize,
+        buffer: impl FnOnce() -> usize,
     ) -> Result<(), Unacceptable> {
         let Some(acknowledged) = self.offset_of(segment.acknowledgment) else {
             return Err(Unacceptable);
@@ -139,7 +139,7 @@ impl SendHalf {
     }
 
     /// Forgets bytes that the client has, and lets the ring grow with the window; `buffer` as in [`SendHalf::on_segment`].
-    fn free(&mut self, freed: u64, ring: &mut Ring, buffer: usize) {
+    fn free(&mut self, freed: u64, ring: &mut Ring, buffer: impl FnOnce() -> usize) {
         ring.release(ring.len().min(usize::try_from(freed).unwrap_or(usize::MAX)));
         ring.rewind();
         if self.start.congestion != CongestionControl::None {
@@ -148,7 +148,7 @@ impl SendHalf {
             let window = usize::try_from(window).unwrap_or(usize::MAX);
             // What is on its way to somebody near waits in queues: more would only make others wait.
             ring.grow(if self.recovery.is_near() {
-                window.min(buffer)
+                window.min(buffer())
             } else {
                 window
             });

@@ -152,7 +152,7 @@ impl Stack {
         &mut self,
         now: Timestamp,
         segment: &TcpView<'_>,
-        buffer: usize,
+        buffer: impl FnOnce() -> usize,
     ) -> Result<(), Unacceptable> {
         match &mut self.send {
             Some(send) => send.on_segment(now, segment, &mut self.ring, buffer),
