@@ -54,6 +54,14 @@ pub(super) struct Packet {
     pub(super) is_reassembled: bool,
 }
 
+impl Packet {
+    /// Where its IP packet is in its batch's bytes.
+    pub(super) fn ip(&self) -> std::ops::Range<usize> {
+        let start = self.frame as usize + usize::from(self.link_len);
+        start..start + self.len as usize
+    }
+}
+
 /// Items for one worker, with their bytes. Batches go round and round.
 #[derive(Debug, Default)]
 pub(super) struct Batch {

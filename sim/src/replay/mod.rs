@@ -21,6 +21,7 @@
 //! At one instant a change of policy comes first, then packets in file order (captured from either side), then what is
 //! due: the models' timers and the engine's deadlines.
 
+mod ahead;
 mod card;
 mod datagram;
 mod digest;

@@ -98,30 +98,19 @@ impl Filter {
         })
     }
 
-    /// Has the program look at all frames from clients among some items, which are played next. `seen` gets an entry
-    /// for each item: what it made of that, and `None` where it was not or cannot be asked.
-    ///
-    /// Nothing of what the items lead to matters to it, and the program alone fills a third of a processor's
-    /// instruction cache: looking at packets one by one, between the engine's turns, would have both out of it all the
-    /// time.
-    pub(super) fn look_ahead(&mut self, items: &[Item], bytes: &[u8], seen: &mut Vec<Option<Seen>>) {
-        seen.clear();
-        for item in items {
-            let packet = match &item.what {
-                What::Packet(Side::Client, _, packet) if !packet.is_reassembled => packet,
-                What::ClientFragment(packet) => packet,
-                what => {
-                    if let What::Policy(index) = what {
-                        self.in_force = *index;
-                    }
-                    seen.push(None);
-                    continue;
-                }
-            };
-            let start = packet.frame as usize;
-            let end = start + usize::from(packet.link_len) + packet.len as usize;
-            seen.push(self.look(item.time, &bytes[start..end]));
-        }
+    /// Has the program look at an item's frame, if it is one of a client's, or changes the policy. Items come in order.
+    pub(super) fn look_at(&mut self, item: &Item, bytes: &[u8]) -> Option<Seen> {
+        let packet = match &item.what {
+            What::Packet(Side::Client, _, packet) if !packet.is_reassembled => packet,
+            What::ClientFragment(packet) => packet,
+            What::Policy(index) => {
+                self.in_force = *index;
+                return None;
+            }
+            _ => return None,
+        };
+        let frame = packet.frame as usize..packet.ip().end;
+        self.look(item.time, &bytes[frame])
     }
 
     /// Has the program look at a frame, with the lists of the policy in force as they stand at `now`. `None` where it

@@ -7,7 +7,10 @@
 //! dropped. A snap length cuts packets off behind their headers; they are padded to their length with zeros, and
 //! nothing can be said about their transport checksum.
 
+use tungate_engine::DropReason;
 use tungate_engine::packet::{PacketView, Transport, checksum};
+
+use super::item::Packet;
 
 /// How wrong checksums are judged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
@@ -128,6 +131,21 @@ fn is_unfinished(view: &PacketView<'_>, transport: &Transport<'_>) -> bool {
     let checksum = u16::from_be_bytes([bytes[field], bytes[field + 1]]);
     let pseudo = |len| checksum::pseudo_header(view.source(), view.final_destination(), protocol, len);
     checksum == 0 || checksum == pseudo(len) || checksum == pseudo(0) || view.bytes().len() > LARGEST_ON_WIRE
+}
+
+/// Judges all checksums of a packet, as far as they are there.
+pub(super) fn soundness(
+    packet: &Packet,
+    view: &PacketView<'_>,
+    found: &Result<Transport<'_>, DropReason>,
+    checksums: Checksums,
+) -> Soundness {
+    let header = ip_header(view, checksums);
+    let is_whole = packet.captured as usize >= view.bytes().len();
+    match found {
+        Ok(found) if is_whole => worse(header, transport(view, found, checksums)),
+        Ok(_) | Err(_) => header,
+    }
 }
 
 /// The worse of two findings about one packet.

@@ -11,6 +11,7 @@ use tungate_engine::io::ChecksumState;
 use tungate_engine::packet::{PacketView, Transport};
 use tungate_engine::{Config, DropReason, IngressId, Input, Judgement, PacketIn, Policy, ShardId, Timestamp};
 
+use super::ahead::Ahead;
 use super::card::{Card, Refused};
 use super::datagram::DatagramFlow;
 use super::host::Host;
@@ -109,8 +110,8 @@ impl Shard {
         shard
     }
 
-    /// Does what `item` says, behind everything that is due before it. `seen` is what the pre-filter made of it.
-    pub(super) fn play(&mut self, item: &Item, bytes: &mut [u8], seen: Option<Seen>) -> Option<Reply> {
+    /// Does what `item` says, behind everything that is due before it. `ahead` is what was found out about it.
+    pub(super) fn play(&mut self, item: &Item, bytes: &mut [u8], ahead: &Ahead) -> Option<Reply> {
         self.advance(item.time);
         self.now = item.time;
         match &item.what {
@@ -119,11 +120,11 @@ impl Shard {
                 None
             }
             What::Packet(side, place, packet) => {
-                self.play_packet(*side, place, packet, bytes, seen);
+                self.play_packet(*side, place, packet, &mut bytes[packet.ip()], ahead);
                 None
             }
             What::Answer(place, packet) => {
-                self.play_packet(Side::Target, place, packet, bytes, None);
+                self.play_packet(Side::Target, place, packet, &mut bytes[packet.ip()], ahead);
                 Some(Reply::Learned(std::mem::take(&mut self.stage.learned)))
             }
             What::Learned(learned) => {
@@ -133,8 +134,8 @@ impl Shard {
                 None
             }
             What::ClientFragment(packet) => {
-                let ip = ip_of(bytes, packet);
-                Some(Reply::Fragment(self.fragment_from_client(packet, ip, seen)))
+                let ip = &bytes[packet.ip()];
+                Some(Reply::Fragment(self.fragment_from_client(packet, ip, ahead.seen)))
             }
             What::TargetFragment(place, packet) => {
                 if let Some(card) = self.stage.card(place.slot) {
@@ -159,23 +160,15 @@ impl Shard {
         }
     }
 
-    fn play_packet(
-        &mut self,
-        side: Side,
-        place: &Place,
-        packet: &Packet,
-        bytes: &mut [u8],
-        seen: Option<Seen>,
-    ) {
-        let ip = ip_of(bytes, packet);
+    fn play_packet(&mut self, side: Side, place: &Place, packet: &Packet, ip: &mut [u8], ahead: &Ahead) {
         self.stage
             .begin(self.now, Cause::Packet(packet.number), Some(place.slot));
         if let Some(card) = self.stage.card(place.slot) {
             card.on_packet(self.now);
         }
         match side {
-            Side::Client => self.play_client(place, packet, ip, seen),
-            Side::Target => self.play_target(place, packet, ip),
+            Side::Client => self.play_client(place, packet, ip, ahead),
+            Side::Target => self.play_target(place, packet, ip, ahead),
             Side::None => unreachable!("only what somebody sent belongs to a conversation"),
         }
         self.stage.attend(place.slot);
@@ -280,13 +273,13 @@ impl Shard {
         }
     }
 
-    fn play_client(&mut self, place: &Place, packet: &Packet, ip: &mut [u8], seen: Option<Seen>) {
+    fn play_client(&mut self, place: &Place, packet: &Packet, ip: &mut [u8], ahead: &Ahead) {
         let verdict = match &self.stage.flows[place.slot as usize] {
-            Some(Flow::Tcp(_)) => self.tcp_from_client(place.slot, packet, ip),
+            Some(Flow::Tcp(_)) => self.tcp_from_client(place.slot, packet, ip, ahead.segment.as_ref()),
             Some(Flow::Datagram(_)) => self.datagram_from_client(place.slot, packet, ip),
             Some(Flow::Other(_)) | None => self.other_from_client(place.slot, packet, ip),
         };
-        let path = self.counts.compare(seen, verdict);
+        let path = self.counts.compare(ahead.seen, verdict);
         if let Some(card) = self.stage.card(place.slot)
             && card.refused.is_some()
         {
@@ -314,13 +307,13 @@ impl Shard {
         self.note_judgement(slot, &judgement)
     }
 
-    fn play_target(&mut self, place: &Place, packet: &Packet, ip: &mut [u8]) {
+    fn play_target(&mut self, place: &Place, packet: &Packet, ip: &mut [u8], ahead: &Ahead) {
         let is_refused = self.record_target(place, packet);
         if is_refused {
             return;
         }
         match &self.stage.flows[place.slot as usize] {
-            Some(Flow::Tcp(_)) => self.tcp_from_target(place.slot, packet, ip),
+            Some(Flow::Tcp(_)) => self.tcp_from_target(place.slot, packet, ip, ahead.segment.as_ref()),
             Some(Flow::Datagram(_)) => self.datagram_from_target(place.slot, packet, ip),
             Some(Flow::Other(_)) | None => {}
         }
@@ -355,12 +348,7 @@ impl Shard {
 
     /// Has the engine put a client's fragment together with others. Returns the whole packet, whose record is that
     /// of its last fragment, if this was the last one missing.
-    fn fragment_from_client(
-        &mut self,
-        packet: &Packet,
-        ip: &mut [u8],
-        seen: Option<Seen>,
-    ) -> Option<Vec<u8>> {
+    fn fragment_from_client(&mut self, packet: &Packet, ip: &[u8], seen: Option<Seen>) -> Option<Vec<u8>> {
         self.stage.begin(self.now, Cause::Packet(packet.number), None);
         let state = match PacketView::parse(ip) {
             Ok(view) => {
@@ -445,9 +433,7 @@ impl Shard {
         view: &PacketView<'_>,
         transport: &Result<Transport<'_>, DropReason>,
     ) -> Assessed {
-        let soundness = self.soundness(packet, view, transport);
-        self.count_repair(soundness);
-        Assessed(soundness)
+        self.note_soundness(repair::soundness(packet, view, transport, self.checksums))
     }
 
     /// Whether a packet from a target has been lost on the way for its checksum.
@@ -457,23 +443,14 @@ impl Shard {
         view: &PacketView<'_>,
         transport: &Result<Transport<'_>, DropReason>,
     ) -> bool {
-        self.checksums == Checksums::Strict && self.soundness(packet, view, transport) == Soundness::Wrong
+        self.checksums == Checksums::Strict
+            && repair::soundness(packet, view, transport, self.checksums) == Soundness::Wrong
     }
 
-    fn soundness(
-        &self,
-        packet: &Packet,
-        view: &PacketView<'_>,
-        transport: &Result<Transport<'_>, DropReason>,
-    ) -> Soundness {
-        let header = repair::ip_header(view, self.checksums);
-        let is_whole = packet.captured as usize >= view.bytes().len();
-        match transport {
-            Ok(transport) if is_whole => {
-                repair::worse(header, repair::transport(view, transport, self.checksums))
-            }
-            Ok(_) | Err(_) => header,
-        }
+    /// Counts what a packet's checksums were found to be worth.
+    pub(super) fn note_soundness(&mut self, soundness: Soundness) -> Assessed {
+        self.count_repair(soundness);
+        Assessed(soundness)
     }
 
     fn count_repair(&mut self, soundness: Soundness) {
@@ -554,10 +531,4 @@ impl Counts {
             *self.by_rule.entry(rule).or_default() += count;
         }
     }
-}
-
-/// A packet's IP bytes.
-fn ip_of<'a>(bytes: &'a mut [u8], packet: &Packet) -> &'a mut [u8] {
-    let start = packet.frame as usize + usize::from(packet.link_len);
-    &mut bytes[start..start + packet.len as usize]
 }

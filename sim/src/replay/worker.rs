@@ -6,13 +6,10 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use tungate_engine::{ShardId, Timestamp};
 
 use super::SHARDS;
+use super::ahead::{AHEAD, look_ahead};
 use super::item::{Batch, Counts, End, Output, Reply};
 use super::prefilter::Filter;
 use super::shard::{Setup, Shard};
-
-/// How many items the pre-filter is ahead of the engine: enough to share what it takes to change over, few enough that
-/// their packets are still in the cache.
-const AHEAD: usize = 64;
 
 /// Plays the items of every `jobs`-th shard.
 pub(super) struct Worker<'a> {
@@ -37,7 +34,7 @@ impl<'a> Worker<'a> {
     pub(super) fn run(mut self) -> Done {
         let mut shards: Vec<Shard> = Vec::new();
         let mut output: Box<Output> = Box::default();
-        let mut seen = Vec::new();
+        let mut ahead = Vec::new();
         let place: [u8; SHARDS as usize] = std::array::from_fn(|shard| (shard / self.jobs) as u8);
         while let Ok(mut batch) = self.work.recv() {
             if shards.is_empty() {
@@ -53,11 +50,11 @@ impl<'a> Worker<'a> {
             let mut answer = None;
             let Batch { items, bytes, .. } = &mut *batch;
             for items in items.chunks(AHEAD) {
-                self.filter.look_ahead(items, bytes, &mut seen);
-                for (item, seen) in items.iter().zip(&seen) {
+                look_ahead(items, bytes, self.setup.checksums, &mut self.filter, &mut ahead);
+                for (item, ahead) in items.iter().zip(&ahead) {
                     let shard = &mut shards[usize::from(place[usize::from(item.shard.0)])];
                     std::mem::swap(&mut output, &mut shard.stage.output);
-                    answer = shard.play(item, bytes, *seen);
+                    answer = shard.play(item, bytes, ahead);
                     std::mem::swap(&mut output, &mut shard.stage.output);
                 }
             }

@@ -3,20 +3,23 @@
 use std::ops::Range;
 
 use tungate_engine::Timestamp;
-use tungate_engine::packet::{TcpFlags, TcpView};
+use tungate_engine::packet::{PacketView, TcpFlags, TcpView, Transport};
 
 use super::client::GAP_MAX;
 use super::rewrite::Made;
 use super::upstream::{Answer, State};
 use super::{FIRST, SYN_PATIENCE, TcpFlow};
+use crate::outcome::Side;
 use crate::replay::card::Anomaly;
 use crate::replay::item::Packet;
-use crate::replay::repair;
+use crate::replay::repair::{self, Checksums, Soundness};
 use crate::replay::stream::{Origin, SYN};
 use crate::replay::timer::Timer;
 
 /// The largest window scale (RFC 7323, section 2.3), which stands for one that was not captured.
 const SHIFT_MAX: u8 = 14;
+
+const PROTOCOL_TCP: u8 = 6;
 
 /// A captured segment's header, and where its parts are in the packet.
 #[derive(Debug, Clone)]
@@ -44,8 +47,44 @@ fn edges(&[a, b, c, d, e, f, g, h]: &[u8; 8]) -> (u32, u32) {
     (u32::from_be_bytes([a, b, c, d]), u32::from_be_bytes([e, f, g, h]))
 }
 
+/// A captured packet that is a segment.
+#[derive(Debug)]
+pub(in super::super) struct CapturedSegment {
+    pub(super) header: Captured,
+    /// Of a target's, only where it may be lost for that; else it counts as sound.
+    pub(super) soundness: Soundness,
+}
+
+impl CapturedSegment {
+    /// Reads the segment in a captured packet; `None` if there is none with a sound header.
+    pub(in super::super) fn read(
+        side: Side,
+        packet: &Packet,
+        ip: &[u8],
+        checksums: Checksums,
+    ) -> Option<Self> {
+        let view = PacketView::parse(ip).ok()?;
+        if view.protocol() != Some(PROTOCOL_TCP) {
+            return None;
+        }
+        let transport = view.transport();
+        let soundness = if side == Side::Client || checksums == Checksums::Strict {
+            repair::soundness(packet, &view, &transport, checksums)
+        } else {
+            Soundness::Sound
+        };
+        let Ok(Transport::Tcp(tcp)) = &transport else {
+            return None;
+        };
+        Some(Self {
+            header: Captured::new(tcp, view.transport_offset(), view.bytes().len(), packet),
+            soundness,
+        })
+    }
+}
+
 impl Captured {
-    pub(super) fn new(tcp: &TcpView<'_>, transport: usize, end: usize, packet: &Packet) -> Self {
+    fn new(tcp: &TcpView<'_>, transport: usize, end: usize, packet: &Packet) -> Self {
         let start = transport + usize::from(tcp.header_len);
         let mut sack = [(0, 0); 4];
         for (place, block) in sack.iter_mut().zip(tcp.options.sack) {

@@ -4,7 +4,7 @@ use tungate_engine::io::{IcmpError, UpstreamCommand, UpstreamError, UpstreamEven
 use tungate_engine::packet::{IcmpMessage, PacketView, TcpFlags, Transport};
 use tungate_engine::{DropReason, Input};
 
-use super::captured::Captured;
+use super::captured::{Captured, CapturedSegment};
 use super::client::Wants;
 use super::rewrite::{Header, Made};
 use super::upstream::{Answer, State};
@@ -12,6 +12,7 @@ use super::{FIRST, TcpFlow};
 use crate::replay::Midstream;
 use crate::replay::card::Anomaly;
 use crate::replay::item::{Judged, Packet};
+use crate::replay::repair::Soundness;
 use crate::replay::shard::{Assessed, Shard};
 use crate::replay::stage::Flow;
 use crate::replay::stream::SYN;
@@ -61,23 +62,18 @@ impl Shard {
     // ---- from the client ---------------------------------------------------------------------------------------
 
     /// Plays a packet that was captured from the client.
-    pub(in super::super) fn tcp_from_client(&mut self, slot: u32, packet: &Packet, ip: &mut [u8]) -> Judged {
-        let Ok(view) = PacketView::parse(ip) else {
-            return self.raw(slot, ip, Assessed::UNREAD);
+    pub(in super::super) fn tcp_from_client(
+        &mut self,
+        slot: u32,
+        packet: &Packet,
+        ip: &mut [u8],
+        segment: Option<&CapturedSegment>,
+    ) -> Judged {
+        let Some(CapturedSegment { header, soundness }) = segment else {
+            return self.no_segment_from_client(slot, packet, ip);
         };
-        let transport = view.transport();
-        let assessed = self.assess(packet, &view, &transport);
-        let Ok(Transport::Tcp(tcp)) = &transport else {
-            return self.raw(slot, ip, assessed);
-        };
-        if !assessed.is_sound() {
-            let (acknowledgment, window) = (tcp.acknowledgment, tcp.window);
-            let transport = view.transport_offset();
-            self.translate(slot, &mut ip[transport..], (acknowledgment, window));
-            return self.raw(slot, ip, assessed);
-        }
-        let header = Captured::new(tcp, view.transport_offset(), view.bytes().len(), packet);
-        if !self.prepare(slot, &header) {
+        let assessed = self.note_soundness(*soundness);
+        if assessed.is_sound() && !self.prepare(slot, header) {
             return self.raw(slot, ip, assessed);
         }
         self.translate(
@@ -85,9 +81,12 @@ impl Shard {
             &mut ip[header.transport..],
             (header.acknowledgment, header.window),
         );
+        if !assessed.is_sound() {
+            return self.raw(slot, ip, assessed);
+        }
         let flow = self.stage.tcp(slot).expect("asked of a TCP flow");
-        let at = flow.position_of_client(&header);
-        let held = flow.hold(&header, at);
+        let at = flow.position_of_client(header);
+        let held = flow.hold(header, at);
         if header.flags.rst() {
             flow.client.begin_reset();
         }
@@ -110,16 +109,25 @@ impl Shard {
             .stage
             .tcp(slot)
             .expect("flows last as long as their conversation");
-        flow.on_sent(now, &header, at, held, real);
+        flow.on_sent(now, header, at, held, real);
         self.stage.attend(slot);
         self.settle();
         let flow = self
             .stage
             .tcp(slot)
             .expect("flows last as long as their conversation");
-        flow.keep(&header, at, real);
+        flow.keep(header, at, real);
         flow.client.arm(now);
         verdict
+    }
+
+    /// A packet of the client's that carries no segment that can be read.
+    fn no_segment_from_client(&mut self, slot: u32, packet: &Packet, ip: &[u8]) -> Judged {
+        let assessed = match PacketView::parse(ip) {
+            Ok(view) => self.assess(packet, &view, &view.transport()),
+            Err(_) => Assessed::UNREAD,
+        };
+        self.raw(slot, ip, assessed)
     }
 
     /// Gives the engine a packet as it is: nothing of it can be understood, or nothing has to be.
@@ -252,36 +260,26 @@ impl Shard {
     // ---- from the target ---------------------------------------------------------------------------------------
 
     /// Plays a packet that was captured on its way to the client.
-    pub(in super::super) fn tcp_from_target(&mut self, slot: u32, packet: &Packet, ip: &mut [u8]) {
-        let Ok(view) = PacketView::parse(ip) else { return };
-        let transport = view.transport();
-        if self.is_lost(packet, &view, &transport) {
-            return;
-        }
-        let tcp = match &transport {
-            Ok(Transport::Tcp(tcp)) => tcp,
-            Ok(Transport::Icmp(icmp)) => {
-                if let IcmpMessage::Error {
-                    error: IcmpError::Unreachable(why),
-                    ..
-                } = &icmp.message
-                    && let Some(flow) = self.stage.tcp(slot)
-                    && flow.upstream.state == State::Opening
-                {
-                    flow.upstream.answer.get_or_insert(Answer::Unreachable(*why));
-                }
-                return;
-            }
-            Ok(Transport::Udp(_)) | Err(_) => return,
+    pub(in super::super) fn tcp_from_target(
+        &mut self,
+        slot: u32,
+        packet: &Packet,
+        ip: &[u8],
+        segment: Option<&CapturedSegment>,
+    ) {
+        let Some(CapturedSegment { header, soundness }) = segment else {
+            return self.no_segment_from_target(slot, packet, ip);
         };
-        let header = Captured::new(tcp, view.transport_offset(), view.bytes().len(), packet);
+        if *soundness == Soundness::Wrong {
+            return; // lost on the way
+        }
         let now = self.now;
         let Some(flow) = self.stage.tcp(slot) else { return };
-        flow.note_header(&header);
+        flow.note_header(header);
         if header.flags.rst() {
-            return flow.on_captured_reset(&header);
+            return flow.on_captured_reset(header);
         }
-        if header.flags.syn() && !flow.on_captured_syn_ack(now, &header) {
+        if header.flags.syn() && !flow.on_captured_syn_ack(now, header) {
             return;
         }
         if flow.upstream.origin.is_none() {
@@ -298,8 +296,25 @@ impl Shard {
         }
         let real = header.real(ip);
         let Some(flow) = self.stage.tcp(slot) else { return };
-        let discarded = flow.on_script(now, &header, real);
+        let discarded = flow.on_script(now, header, real);
         self.counts.totals.discarded_after_reset += discarded;
+    }
+
+    /// An error about the client's SYN means that the target cannot be reached.
+    fn no_segment_from_target(&mut self, slot: u32, packet: &Packet, ip: &[u8]) {
+        let Ok(view) = PacketView::parse(ip) else { return };
+        let transport = view.transport();
+        if let Ok(Transport::Icmp(icmp)) = &transport
+            && let IcmpMessage::Error {
+                error: IcmpError::Unreachable(why),
+                ..
+            } = &icmp.message
+            && !self.is_lost(packet, &view, &transport)
+            && let Some(flow) = self.stage.tcp(slot)
+            && flow.upstream.state == State::Opening
+        {
+            flow.upstream.answer.get_or_insert(Answer::Unreachable(*why));
+        }
     }
 
     // ---- time --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ use std::time::Duration;
 use tungate_engine::packet::TcpFlags;
 use tungate_engine::{CloseReason, Timestamp};
 
+pub(super) use self::captured::CapturedSegment;
 use self::client::{Client, Segment};
 use self::upstream::{State, Upstream};
 use super::card::{Anomaly, Card, Result};
