@@ -118,11 +118,21 @@ impl Arena {
         }
     }
 
+    /// Whether so little of the budget is in use that a flow may have more than its share.
+    pub(crate) fn is_roomy(&self) -> bool {
+        self.used < self.budget / 4
+    }
+
     /// Takes buffers of the largest classes that are neither above the bytes wanted for each direction nor above what
-    /// the budget has left, and builds rings on them: to receive into and to send from. `None` when not even the
-    /// smallest fit.
+    /// the budget has left, and builds rings on them: to receive into and to send from. Of the last quarter of the budget
+    /// everybody gets the smallest, so that it is enough for many. `None` when not even those fit.
     pub(crate) fn rings(&mut self, receive: usize, send: usize) -> Option<(Ring, Ring)> {
         let left = self.budget - self.used;
+        let (receive, send) = if left <= self.budget / 4 {
+            (receive.min(CLASSES[0]), send.min(CLASSES[0]))
+        } else {
+            (receive, send)
+        };
         let largest = |wanted: usize, left: u64| {
             let fits = |&class: &usize| CLASSES[class] <= wanted && CLASSES[class] as u64 <= left;
             (0..CLASSES.len()).rev().find(fits)
@@ -227,6 +237,18 @@ mod tests {
             ranges,
             "the same memory serves again"
         );
+    }
+
+    #[test]
+    fn early_flows_leave_room_for_many_late_ones() {
+        let mut arena = Arena::new(64 << 20);
+        let mut taken = Vec::new();
+        while let Some(rings) = arena.rings(1 << 20, 1 << 20) {
+            taken.push(rings);
+        }
+        let large = taken.iter().filter(|(receive, _)| receive.limit() == 1 << 20);
+        assert_eq!(large.count(), 48 / 2);
+        assert_eq!(taken.len(), 48 / 2 + (16 << 20) / (32 << 10));
     }
 
     #[test]

@@ -342,9 +342,9 @@ impl TcpFlow {
         }
         let receive = buffer_size(cx.flows, cx.config);
         let send = match cx.config.clients {
-            Clients::Local => receive,
             // A path that is long or loses keeps more on its way; what is not needed is not touched.
-            Clients::Routed => (4 * receive).min(SEND_BUFFER_MAX),
+            Clients::Routed if cx.arena.is_roomy() => (4 * receive).min(SEND_BUFFER_MAX),
+            Clients::Routed | Clients::Local => receive,
         };
         let Some(rings) = cx.arena.rings(receive, send) else {
             return false;
