@@ -64,7 +64,7 @@ const PACING_CREDIT: Duration = Duration::from_millis(1);
 /// A paced packet takes about this long at the pacing rate, and is of two segments at least.
 const PACING_QUANTUM: Duration = Duration::from_micros(250);
 
-/// Whoever is nearer gets super-packets as soon as the window has room: timers are no finer than such a path's round
+/// Whoever is nearer gets super-packets as soon as the window has room: timers are hardly finer than such a path's round
 /// trip, and its queues are those of hosts, which hold a window. Linux, too, makes packets larger there than its pace
 /// asks for (`tcp_tso_rtt_log`).
 const NEAR: Duration = Duration::from_millis(1);
