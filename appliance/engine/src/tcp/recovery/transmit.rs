@@ -9,6 +9,7 @@ use crate::time::Timestamp;
 
 impl Recovery {
     /// What to send next, where there are bytes up to `queued_end` to send. What it returns counts as sent at `now`.
+    #[inline] // with its early end only, which a client's segment comes to while nothing is sent to it
     pub fn next_transmit(&mut self, now: Timestamp, queued_end: u64) -> Option<Transmit> {
         debug_assert!(queued_end >= self.board.sent());
         self.queued = queued_end;
@@ -22,6 +23,10 @@ impl Recovery {
             self.limit_by_application();
             return None;
         }
+        self.find_transmit(now, queued_end)
+    }
+
+    fn find_transmit(&mut self, now: Timestamp, queued_end: u64) -> Option<Transmit> {
         if std::mem::take(&mut self.tail_probe_due)
             && let Some(probe) = self.probe_tail(now)
         {
