@@ -12,6 +12,7 @@ use tungate_engine::Timestamp;
 use tungate_sim::link::{Pipe, PipeCounts, Shape};
 
 use super::namespace::{Namespace, ip};
+use super::priority::{Priority, raise};
 
 /// Packets taken from a device before the other has its turn.
 const BATCH: usize = 64;
@@ -69,7 +70,7 @@ pub(super) fn forward(
     seed: u64,
     stop: &AtomicBool,
 ) -> Result<Forwarded> {
-    be_punctual();
+    raise(Priority::Path);
     let mut ways = [
         Way::new(&server.0, &client.0, to_client, seed),
         Way::new(&client.0, &server.0, to_server, !seed),
@@ -196,13 +197,4 @@ impl Timer {
         unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) };
         Ok(())
     }
-}
-
-/// Puts this thread before all others, as far as it is allowed to.
-fn be_punctual() {
-    let parameters = libc::sched_param { sched_priority: 1 };
-    // SAFETY: the parameters live through the call; 0 is this thread.
-    unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const parameters) };
-    // SAFETY: the call takes numbers.
-    unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1) };
 }

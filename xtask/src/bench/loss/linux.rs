@@ -15,6 +15,7 @@ use super::cell::{Cell, Control, Figures, Task};
 use super::forwarder::{End, Forwarded, NAME, forward};
 use super::live::{Appliance, ORIGIN};
 use super::namespace::{Namespace, ip};
+use super::priority::{Priority, raise};
 
 const SERVER: &str = "198.18.1.1";
 const CLIENT: &str = "198.18.1.2";
@@ -100,6 +101,7 @@ fn transfer(cell: &Cell, inside: &Namespace, servers: &[(TcpListener, &str)]) ->
                 let address = addresses[index as usize % addresses.len()];
                 let receive = move || {
                     inside.enter()?;
+                    raise(Priority::Sink);
                     thread::sleep(Cell::start(index).saturating_sub(began.elapsed()));
                     receive(address, cell.task, began)
                 };
@@ -198,6 +200,7 @@ fn receive(server: SocketAddr, task: Task, all_began: Instant) -> Result<Receive
 
 /// Sends so many bytes and FIN, or until the connection breaks: then the receiver has enough.
 fn send(mut stream: TcpStream, mut bytes: u64) {
+    raise(Priority::Source);
     let buffer = vec![7; 1 << 18];
     while bytes > 0 {
         let len = bytes.min(buffer.len() as u64) as usize;

@@ -10,6 +10,7 @@ use tempfile::NamedTempFile;
 
 use super::cell::Control;
 use super::namespace::{Namespace, ip};
+use super::priority::{Priority, raise};
 
 /// Where the origin is, behind the appliance.
 pub(super) const ORIGIN: &str = "203.0.113.2";
@@ -47,6 +48,7 @@ impl Appliance {
         )
         .context("cannot write a file")?;
         let mut process = host.run(|| {
+            raise(Priority::Appliance);
             Command::new(program)
                 .args(["run", "--json", "--from", from, "-c"])
                 .arg(configuration.path())

@@ -10,6 +10,7 @@ mod linux;
 mod live;
 mod model;
 mod namespace;
+mod priority;
 mod table;
 
 use std::io::{Write, stdin, stdout};
