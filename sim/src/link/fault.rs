@@ -57,7 +57,7 @@ impl Chance {
     }
 
     /// Evenly from 0 to below 1.
-    fn fraction(&mut self) -> f64 {
+    pub(super) fn fraction(&mut self) -> f64 {
         (self.rng.next_u64() >> 11) as f64 / (1_u64 << 53) as f64
     }
 }

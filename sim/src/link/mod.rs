@@ -10,10 +10,14 @@
 //! forwarder of `cargo xtask bench loss --linux` the kernel's packets, on the real clock. A [`Receiver`] acknowledges
 //! like Linux. A client is a connection around one; a [`Run`] is clients, pipes and an engine on virtual time.
 //!
+//! Nobody is late unless told so: with a [`Lateness`] what moves the packets and what sends them wakes up as real threads
+//! do, and what has come meanwhile is done at once.
+//!
 //! Everything is a function of its seed. Nothing here reads a clock.
 
 mod client;
 mod fault;
+mod lateness;
 mod pipe;
 mod queue;
 mod receiver;
@@ -22,6 +26,7 @@ mod wire;
 
 pub use self::client::{Manner, Pause, Stage, Upload};
 pub use self::fault::{Loss, Reordering};
+pub use self::lateness::{Lateness, Quantiles};
 pub use self::pipe::{Pipe, PipeCounts, Shape};
 pub use self::queue::{Discipline, Queue};
 pub use self::receiver::{Acknowledging, Receiver, Report, Window};

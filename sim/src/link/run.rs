@@ -1,6 +1,6 @@
 //! Clients, a path and an engine on virtual time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +14,8 @@ use tungate_engine::{
 };
 
 use super::client::{Client, Manner, Stage};
+use super::fault::Chance;
+use super::lateness::{Lateness, Waker};
 use super::pipe::{Pipe, PipeCounts, Shape};
 use super::wire::{Header, stream};
 
@@ -71,6 +73,11 @@ pub struct Run {
     now: Timestamp,
     to_client: Pipe<Header>,
     to_engine: Pipe<Header>,
+    /// What engines and clients have sent, and the path has not taken yet.
+    from_engines: Device,
+    from_clients: Device,
+    /// Moves what is on the path.
+    forwarder: Waker,
     clients: Vec<Option<Client>>,
     traffic: Vec<Traffic>,
     /// In the order of their clients.
@@ -80,11 +87,17 @@ pub struct Run {
     packet: Vec<u8>,
 }
 
+/// Packets that wait until they are taken, and since when; the first has come first.
+type Device = VecDeque<(Timestamp, Header)>;
+
 /// An engine, and what is around it.
 struct Sender {
     engine: Engine,
     origin: Origin,
-    wake: Option<Timestamp>,
+    /// What has arrived for it.
+    arrived: Device,
+    deadline: Option<Timestamp>,
+    waker: Waker,
     /// The first of its clients.
     first: usize,
 }
@@ -101,6 +114,9 @@ impl Run {
             now: Timestamp::ZERO,
             to_client: Pipe::new(to_client, seed),
             to_engine: Pipe::new(to_engine, !seed),
+            from_engines: Device::new(),
+            from_clients: Device::new(),
+            forwarder: Waker::new(None, Chance::new(seed, 0)),
             clients: Vec::new(),
             traffic: Vec::new(),
             senders: Vec::new(),
@@ -121,11 +137,23 @@ impl Run {
         self.senders.push(Sender {
             engine: Engine::new(config, policy, key, Timestamp::ZERO),
             origin: Origin::new(first, &traffic),
-            wake: None,
+            arrived: Device::new(),
+            deadline: None,
+            waker: Waker::new(None, Chance::new(self.seed, 0)),
             first,
         });
         self.clients.extend(traffic.iter().map(|_| None));
         self.traffic.extend(traffic);
+        self
+    }
+
+    /// Nobody is punctual: what moves the packets of the path, nor the engines given so far.
+    #[must_use]
+    pub fn late(mut self, forwarder: Lateness, engine: Lateness) -> Self {
+        self.forwarder = Waker::new(Some(forwarder), Chance::new(self.seed, 4));
+        for (stream, sender) in (5..).zip(&mut self.senders) {
+            sender.waker = Waker::new(Some(engine), Chance::new(self.seed, stream));
+        }
         self
     }
 
@@ -205,12 +233,19 @@ impl Run {
             Some(client) => client.next(),
             None => Some(Timestamp::ZERO + traffic.start),
         });
-        [self.to_client.next(), self.to_engine.next()]
-            .into_iter()
-            .chain(self.senders.iter().map(|sender| sender.wake))
-            .flatten()
+        let forwarder = self.forwarder_next().into_iter();
+        forwarder
+            .chain(self.senders.iter().filter_map(Sender::next))
             .chain(clients)
             .min()
+    }
+
+    /// When the path's packets are moved on.
+    fn forwarder_next(&self) -> Option<Timestamp> {
+        let taken = [&self.from_engines, &self.from_clients].map(|device| Some(device.front()?.0));
+        let due = [self.to_client.next(), self.to_engine.next()];
+        let due = due.into_iter().chain(taken).flatten().min();
+        due.map(|due| self.forwarder.wakes(due))
     }
 
     /// Does all that is due now.
@@ -219,6 +254,27 @@ impl Run {
         for index in 0..self.clients.len() {
             self.attend(index);
         }
+        if self.forwarder_next().is_some_and(|at| at <= now) {
+            self.forward();
+        }
+        for sender in &mut self.senders {
+            if sender.next().is_some_and(|at| at <= now) {
+                sender.run(now, &self.clients, &mut self.packet);
+                let sent = sender.origin.sent.drain(..);
+                self.from_engines.extend(sent.map(|segment| (now, segment)));
+            }
+        }
+    }
+
+    /// Puts what was sent on the path, and hands over what has arrived.
+    fn forward(&mut self) {
+        let now = self.now;
+        self.forwarder.wake(now);
+        let header = if self.is_v6 { 40 } else { 20 };
+        for (_, segment) in self.from_engines.drain(..) {
+            let len = header + 20 + usize::from(segment.len) + if segment.offer.is_some() { 12 } else { 0 };
+            self.to_client.send(now, len, segment);
+        }
         while let Some((_, segment)) = self.to_client.receive(now) {
             let index = segment.client;
             if let Some(client) = &mut self.clients[index] {
@@ -226,20 +282,18 @@ impl Run {
             }
             self.collect(index);
         }
-        while let Some((_, segment)) = self.to_engine.receive(now) {
-            self.deliver(&segment);
+        for (_, segment) in self.from_clients.drain(..) {
+            let client = self.clients[segment.client]
+                .as_ref()
+                .expect("it has sent something");
+            let len = segment.packet_len(client.addresses().0.ip());
+            self.to_engine.send(now, len, segment);
         }
-        let header = if self.is_v6 { 40 } else { 20 };
-        for sender in &mut self.senders {
-            if sender.wake.is_none_or(|at| at > now) {
-                continue;
-            }
-            sender.flush(now);
-            for segment in sender.origin.sent.drain(..) {
-                let len =
-                    header + 20 + usize::from(segment.len) + if segment.offer.is_some() { 12 } else { 0 };
-                self.to_client.send(now, len, segment);
-            }
+        while let Some((_, segment)) = self.to_engine.receive(now) {
+            let behind = self
+                .senders
+                .partition_point(|sender| sender.first <= segment.client);
+            self.senders[behind - 1].arrived.push_back((now, segment));
         }
     }
 
@@ -273,43 +327,43 @@ impl Run {
         let Some(client) = &mut self.clients[index] else {
             return;
         };
-        let family = client.addresses().0.ip();
-        for segment in client.outbox() {
-            self.to_engine.send(self.now, segment.packet_len(family), segment);
-        }
-    }
-
-    /// Gives the engine a packet, and carries out what follows but for sending.
-    fn deliver(&mut self, segment: &Header) {
-        let client = self.clients[segment.client]
-            .as_ref()
-            .expect("it has sent something");
-        let (from, to) = client.addresses();
-        let payload = if segment.len > 0 {
-            client.payload(segment)
-        } else {
-            &[]
-        };
-        segment.write(from, to, payload, &mut self.packet);
-        let packet = PacketIn {
-            ingress: IngressId(0),
-            bytes: &self.packet,
-            checksum: ChecksumState::Trusted,
-            segment_size: None,
-            reassembled: false,
-        };
-        let behind = self
-            .senders
-            .partition_point(|sender| sender.first <= segment.client);
-        let sender = &mut self.senders[behind - 1];
-        sender
-            .engine
-            .handle(self.now, Input::Packet(packet), &mut sender.origin);
-        sender.wake = Some(self.now);
+        let sent = client.outbox().map(|segment| (self.now, segment));
+        self.from_clients.extend(sent);
     }
 }
 
 impl Sender {
+    /// When the engine has its next turn.
+    fn next(&self) -> Option<Timestamp> {
+        let arrived = self.arrived.front().map(|(at, _)| *at);
+        let due = arrived.into_iter().chain(self.deadline).min();
+        due.map(|due| self.waker.wakes(due))
+    }
+
+    /// Gives the engine what has arrived, and its turn.
+    fn run(&mut self, now: Timestamp, clients: &[Option<Client>], packet: &mut Vec<u8>) {
+        self.waker.wake(now);
+        for (_, segment) in self.arrived.drain(..) {
+            let client = clients[segment.client].as_ref().expect("it has sent something");
+            let (from, to) = client.addresses();
+            let payload = if segment.len > 0 {
+                client.payload(&segment)
+            } else {
+                &[]
+            };
+            segment.write(from, to, payload, packet);
+            let packet = PacketIn {
+                ingress: IngressId(0),
+                bytes: packet,
+                checksum: ChecksumState::Trusted,
+                segment_size: None,
+                reassembled: false,
+            };
+            self.engine.handle(now, Input::Packet(packet), &mut self.origin);
+        }
+        self.flush(now);
+    }
+
     /// Gives the engine its turn until it has no more to say.
     fn flush(&mut self, now: Timestamp) {
         let mut deadline;
@@ -322,7 +376,7 @@ impl Sender {
                 self.carry_out(now, flow, command);
             }
         }
-        self.wake = deadline.map(|deadline| {
+        self.deadline = deadline.map(|deadline| {
             let pause = deadline.at.as_nanos().saturating_sub(now.as_nanos());
             let unit = if pause < LONG { SLEEP } else { LONG_SLEEP };
             let pause = pause.div_ceil(unit).saturating_mul(unit);

@@ -121,7 +121,7 @@ pub(super) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     for senders in senders {
         let mut work = work(senders);
         // What the forwarder carries at a time: more would make it late.
-        for megabits in [10, 100, 1000] {
+        for megabits in [10, 100, 200, 1000] {
             let (now, later): (Vec<Work>, Vec<Work>) =
                 work.into_iter().partition(|work| work.cell.megabits == megabits);
             let jobs = usize::try_from(400 / megabits).unwrap_or(1).clamp(1, 16);
@@ -208,6 +208,13 @@ fn cells(options: &Options) -> Vec<(Cell, u64)> {
     for queue in [5, 10] {
         cells.push((Cell { queue, ..base }, seeds));
     }
+    let faster = Cell {
+        megabits: 200,
+        queue: 512,
+        loss: Losses::Random(0.1),
+        ..base
+    };
+    cells.push((faster, seeds));
     for loss in [Losses::None, Losses::Random(1.0), Losses::Random(3.0)] {
         for bytes in [10_000, 100_000, 1_000_000] {
             let task = Task::Transfer(bytes);
