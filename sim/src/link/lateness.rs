@@ -7,19 +7,26 @@ use tungate_engine::Timestamp;
 
 use super::fault::Chance;
 
-/// How long a thread needs from the moment when there is something to do until it does it.
+/// How long a thread needs from the moment when there is something to do until it does it, by how long it has done
+/// nothing before: an idle core sleeps deeper, and its caches are cold.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Lateness {
-    /// By how long it has done nothing before, in rising order: an idle core sleeps deeper, and its caches are cold.
-    /// The last entry holds for all that is longer.
-    pub after_idle: &'static [(Duration, Quantiles)],
+    /// After less idle time than each of [`IDLE`], and after more than the last.
+    pub after_idle: [Quantiles; 4],
 }
 
-/// A distribution in microseconds: the least, the quantiles 0.1, 0.25, 0.5, 0.75, 0.9, 0.99 and 0.999, and the most.
-/// Between two of them it is even.
-pub type Quantiles = [f64; 9];
+/// Bounds between short and long idle times.
+pub const IDLE: [Duration; 3] = [
+    Duration::from_micros(200),
+    Duration::from_millis(1),
+    Duration::from_millis(5),
+];
 
-const PARTS: [f64; 9] = [0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1.0];
+/// A distribution in microseconds: what lies at each of [`PARTS`], and even between two of them.
+pub type Quantiles = [f64; 11];
+
+/// From the least to the most. A run has some ten thousand wake-ups: coarser parts would make the longest of them usual.
+pub const PARTS: [f64; 11] = [0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 0.9999, 0.99999, 1.0];
 
 /// Wakes a thread.
 #[derive(Debug, Clone)]
@@ -48,13 +55,8 @@ impl Waker {
         let Some(lateness) = &self.lateness else {
             return due;
         };
-        let idle = due.since(self.active);
-        let [others @ .., (_, longest)] = lateness.after_idle else {
-            return due;
-        };
-        let fits = others.iter().find(|(most, _)| idle < *most);
-        let quantiles = fits.map_or(longest, |(_, quantiles)| quantiles);
-        due.max(self.active) + at(quantiles, self.part)
+        let class = idle_class(due.since(self.active));
+        due.max(self.active) + at(&lateness.after_idle[class], self.part)
     }
 
     /// It is awake, and does all that is due.
@@ -62,6 +64,11 @@ impl Waker {
         self.active = now;
         self.part = self.chance.fraction();
     }
+}
+
+/// Which of [`Lateness::after_idle`] holds after this time.
+pub fn idle_class(idle: Duration) -> usize {
+    IDLE.partition_point(|bound| *bound <= idle)
 }
 
 /// What lies at this part of a distribution.
@@ -79,9 +86,9 @@ fn at(quantiles: &Quantiles, part: f64) -> Duration {
 mod tests {
     use super::*;
 
-    const QUANTILES: Quantiles = [0.0, 5.0, 6.0, 7.0, 9.0, 15.0, 30.0, 70.0, 400.0];
+    const QUANTILES: Quantiles = [0.0, 5.0, 6.0, 7.0, 9.0, 15.0, 30.0, 70.0, 300.0, 390.0, 400.0];
     const LATENESS: Lateness = Lateness {
-        after_idle: &[(Duration::from_millis(1), QUANTILES), (Duration::MAX, [100.0; 9])],
+        after_idle: [QUANTILES, QUANTILES, [100.0; 11], [200.0; 11]],
     };
 
     fn micros(micros: u64) -> Timestamp {
@@ -113,7 +120,8 @@ mod tests {
     #[test]
     fn what_has_slept_longer_wakes_later() {
         let waker = Waker::new(Some(LATENESS), Chance::new(1, 0));
-        assert_eq!(waker.wakes(micros(5000)), micros(5100));
+        assert_eq!(waker.wakes(micros(4999)), micros(5099));
+        assert_eq!(waker.wakes(micros(5000)), micros(5200));
     }
 
     #[test]

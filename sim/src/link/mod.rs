@@ -26,7 +26,7 @@ mod wire;
 
 pub use self::client::{Manner, Pause, Stage, Upload};
 pub use self::fault::{Loss, Reordering};
-pub use self::lateness::{Lateness, Quantiles};
+pub use self::lateness::{IDLE, Lateness, PARTS, Quantiles, idle_class};
 pub use self::pipe::{Pipe, PipeCounts, Shape};
 pub use self::queue::{Discipline, Queue};
 pub use self::receiver::{Acknowledging, Receiver, Report, Window};

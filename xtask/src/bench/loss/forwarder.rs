@@ -13,6 +13,7 @@ use tungate_sim::link::{Pipe, PipeCounts, Shape};
 
 use super::namespace::{Namespace, ip};
 use super::priority::{Priority, raise};
+use super::wakes::Watch;
 
 /// Packets taken from a device before the other has its turn.
 const BATCH: usize = 64;
@@ -61,6 +62,7 @@ pub(super) struct Forwarded {
     pub(super) to_client: PipeCounts,
     /// By how many nanoseconds packets left after their time; sorted.
     pub(super) late: Vec<u32>,
+    pub(super) watch: Watch,
 }
 
 /// Carries packets between `server` and `client` until told to stop. Its thread becomes a real-time one.
@@ -78,12 +80,20 @@ pub(super) fn forward(
     let clock = Instant::now();
     let timer = Timer::new()?;
     let mut buffer = vec![0; 65_536];
+    let mut watch = Watch::default();
     while !stop.load(Ordering::Relaxed) {
         let mut is_busy = false;
-        for way in &mut ways {
-            is_busy |= way.collect(&clock, &mut buffer)?;
-            way.deliver(&clock)?;
-        }
+        let [down, up] = &mut ways;
+        is_busy |= down.collect(&clock, &mut buffer, |now, packet| {
+            watch.taken(now);
+            watch.sent(now, packet);
+        })?;
+        down.deliver(&clock, |now, due, _| watch.handed_over(now, due))?;
+        is_busy |= up.collect(&clock, &mut buffer, |now, _| watch.taken(now))?;
+        up.deliver(&clock, |now, due, packet| {
+            watch.handed_over(now, due);
+            watch.given(now, packet);
+        })?;
         if is_busy {
             continue;
         }
@@ -102,6 +112,7 @@ pub(super) fn forward(
     Ok(Forwarded {
         to_client: down.pipe.counts(),
         late,
+        watch,
     })
 }
 
@@ -127,14 +138,21 @@ impl<'a> Way<'a> {
         }
     }
 
-    /// Takes what waits in the device; `true` if that may not have been all.
-    fn collect(&mut self, clock: &Instant, buffer: &mut [u8]) -> Result<bool> {
+    /// Takes what waits in the device and says of what; `true` if that may not have been all.
+    fn collect(
+        &mut self,
+        clock: &Instant,
+        buffer: &mut [u8],
+        mut taken: impl FnMut(Timestamp, &[u8]),
+    ) -> Result<bool> {
         for _ in 0..BATCH {
             match self.from.read(buffer) {
                 Ok(len) => {
                     // Neighbour discovery and the like are none of the path's business.
                     if buffer[0] >> 4 == 4 {
-                        self.pipe.send(now(clock), len, buffer[..len].into());
+                        let now = now(clock);
+                        self.pipe.send(now, len, buffer[..len].into());
+                        taken(now, &buffer[..len]);
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
@@ -144,12 +162,18 @@ impl<'a> Way<'a> {
         Ok(true)
     }
 
-    /// Hands over what has arrived.
-    fn deliver(&mut self, clock: &Instant) -> Result<()> {
+    /// Hands over what has arrived, and says of each when it was and when it was due.
+    fn deliver(
+        &mut self,
+        clock: &Instant,
+        mut handed_over: impl FnMut(Timestamp, Timestamp, &[u8]),
+    ) -> Result<()> {
         let arrived_by = now(clock);
         while let Some((due, packet)) = self.pipe.receive(arrived_by) {
-            let late = now(clock).since(due).as_nanos();
-            self.late.push(u32::try_from(late).unwrap_or(u32::MAX));
+            let now = now(clock);
+            self.late
+                .push(u32::try_from(now.since(due).as_nanos()).unwrap_or(u32::MAX));
+            handed_over(now, due, &packet);
             self.to
                 .write_all(&packet)
                 .context("cannot write to the path's device")?;

@@ -11,11 +11,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
+use super::Shown;
 use super::cell::{Cell, Control, Figures, Task};
 use super::forwarder::{End, Forwarded, NAME, forward};
 use super::live::{Appliance, ORIGIN};
 use super::namespace::{Namespace, ip};
 use super::priority::{Priority, raise};
+use super::wakes::Watch;
 
 const SERVER: &str = "198.18.1.1";
 const CLIENT: &str = "198.18.1.2";
@@ -28,12 +30,7 @@ const SEND_BUFFER: libc::c_int = 2_200_000;
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Runs a cell with each of these seeds. `appliance`: the program, which then sends; else the kernel does.
-pub(super) fn measure(
-    cell: &Cell,
-    control: Control,
-    seeds: u64,
-    appliance: Option<&Path>,
-) -> Result<Vec<Figures>> {
+pub(super) fn measure(cell: &Cell, control: Control, seeds: u64, appliance: Option<&Path>) -> Result<Shown> {
     let (server, client) = (Namespace::new()?, Namespace::new()?);
     let ends = (
         End::new(&server, &format!("{SERVER}/24"))?,
@@ -59,10 +56,17 @@ pub(super) fn measure(
         let beside = server.run(|| listen(SERVER, PORT_BESIDE, Control::Cubic))?;
         servers.push((beside, SERVER));
     }
-    let run = |seed| run(cell, seed, &ends, &client, &servers);
-    let figures = (1..=seeds).map(run).collect();
+    let mut watch = Watch::default();
+    let mut runs = Vec::new();
+    for seed in 1..=seeds {
+        let (figures, seen) = run(cell, seed, &ends, &client, &servers)?;
+        runs.push(figures);
+        watch.add(seen);
+    }
     drop(appliance);
-    figures
+    // The answers of several flows are not told apart.
+    let wakes = (cell.flows == 1).then(|| watch.wakes());
+    Ok(Shown { runs, wakes })
 }
 
 /// One run: the forwarder on its own thread, a thread for each flow's two sides.
@@ -72,14 +76,15 @@ fn run(
     (server, client): &(End, End),
     inside: &Namespace,
     servers: &[(TcpListener, &str)],
-) -> Result<Figures> {
+) -> Result<(Figures, Watch)> {
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         let forwarder = scope.spawn(|| forward((server, client), cell.path(), seed, &stop));
         let received = transfer(cell, inside, servers);
         stop.store(true, Ordering::Relaxed);
         let forwarded = forwarder.join().expect("it does not panic")?;
-        Ok(figures(seed, cell.task, &received?, &forwarded))
+        let figures = figures(seed, cell.task, &received?, &forwarded);
+        Ok((figures, forwarded.watch))
     })
 }
 

@@ -12,6 +12,7 @@ mod model;
 mod namespace;
 mod priority;
 mod table;
+mod wakes;
 
 use std::io::{Write, stdin, stdout};
 use std::path::PathBuf;
@@ -25,6 +26,7 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use self::cell::{Cell, Control, Figures, Losses, Sender, Task};
+use self::wakes::Wakes;
 use super::{Machine, folder};
 use crate::workspace::Workspace;
 
@@ -68,7 +70,17 @@ struct Measured {
     date: String,
     cell: Cell,
     sender: Sender,
+    #[serde(flatten)]
+    shown: Shown,
+}
+
+/// What the runs of a cell have shown.
+#[derive(Serialize, Deserialize, Clone)]
+struct Shown {
     runs: Vec<Figures>,
+    /// How late threads were, in real time and with one flow.
+    #[serde(default)]
+    wakes: Option<Wakes>,
 }
 
 /// A piece of work for a process.
@@ -79,6 +91,9 @@ struct Work {
     seeds: u64,
     /// The program of a live one.
     appliance: Option<PathBuf>,
+    /// How late threads are in the model.
+    #[serde(default)]
+    wakes: Wakes,
 }
 
 pub(super) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
@@ -93,7 +108,7 @@ pub(super) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     };
     let path = folder(workspace)?.join("loss.json");
     let mut results = Results::read(&path)?;
-    let work = |senders: [Sender; 2]| -> Vec<Work> {
+    let work = |senders: [Sender; 2], results: &Results| -> Vec<Work> {
         let cells = cells(options);
         cells
             .into_iter()
@@ -103,14 +118,11 @@ pub(super) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
                     sender,
                     seeds,
                     appliance: appliance.clone(),
+                    wakes: results.wakes(&cell).unwrap_or_default(),
                 })
             })
             .collect()
     };
-    if !options.no_model {
-        let work = work([Sender::Engine(Control::Cubic), Sender::Engine(Control::Bbr)]);
-        results.merge(carry_out(&program, &work, options.jobs.into())?);
-    }
     let mut senders = Vec::new();
     if options.linux {
         senders.push([Sender::Linux(Control::Cubic), Sender::Linux(Control::Bbr)]);
@@ -119,7 +131,7 @@ pub(super) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
         senders.push([Sender::Live(Control::Cubic), Sender::Live(Control::Bbr)]);
     }
     for senders in senders {
-        let mut work = work(senders);
+        let mut work = work(senders, &results);
         // What the forwarder carries at a time: more would make it late.
         for megabits in [10, 100, 200, 1000] {
             let (now, later): (Vec<Work>, Vec<Work>) =
@@ -128,6 +140,14 @@ pub(super) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
             results.merge(carry_out(&program, &now, jobs)?);
             work = later;
         }
+    }
+    if !options.no_model {
+        // Last, for then it is known how late a running appliance has been.
+        let work = work(
+            [Sender::Engine(Control::Cubic), Sender::Engine(Control::Bbr)],
+            &results,
+        );
+        results.merge(carry_out(&program, &work, options.jobs.into())?);
     }
     results.write(&path)?;
     println!("## Loss\n");
@@ -140,15 +160,18 @@ pub(super) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
 /// What a process of its own does: reads a piece of work, writes figures.
 pub(crate) fn run_cell() -> Result<()> {
     let work: Work = serde_json::from_reader(stdin()).context("cannot read what to measure")?;
-    let figures = match work.sender {
+    let shown = match work.sender {
         Sender::Engine(control) => {
-            let runs = (1..=work.seeds).map(|seed| model::measure(&work.cell, control, seed));
-            runs.collect()
+            let runs = (1..=work.seeds).map(|seed| model::measure(&work.cell, control, seed, &work.wakes));
+            Shown {
+                runs: runs.collect(),
+                wakes: None,
+            }
         }
         Sender::Linux(control) => linux::measure(&work.cell, control, work.seeds, None)?,
         Sender::Live(control) => linux::measure(&work.cell, control, work.seeds, work.appliance.as_deref())?,
     };
-    serde_json::to_writer(stdout(), &figures).context("cannot write the figures")
+    serde_json::to_writer(stdout(), &shown).context("cannot write the figures")
 }
 
 /// The cells, each with how many seeds.
@@ -244,13 +267,13 @@ fn carry_out(program: &PathBuf, work: &[Work], jobs: usize) -> Result<Vec<Measur
     let (date, total) = (today(), work.len());
     let worker = || -> Result<()> {
         while let Some(work) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let runs = measure(program, work)?;
+            let shown = measure(program, work)?;
             let mut done = done.lock().expect("no worker has panicked");
             done.push(Measured {
                 date: date.clone(),
                 cell: work.cell,
                 sender: work.sender,
-                runs,
+                shown,
             });
             eprint!("\r{} of {total} ", done.len());
         }
@@ -266,7 +289,7 @@ fn carry_out(program: &PathBuf, work: &[Work], jobs: usize) -> Result<Vec<Measur
     Ok(done.into_inner().expect("no worker has panicked"))
 }
 
-fn measure(program: &PathBuf, work: &Work) -> Result<Vec<Figures>> {
+fn measure(program: &PathBuf, work: &Work) -> Result<Shown> {
     let what = || format!("{} by {}", work.cell, work.sender.name());
     let mut child = Command::new(program)
         .arg("loss-cell")
@@ -302,6 +325,15 @@ impl Results {
                 .with_context(|| format!("{} is of another version: remove it", path.display())),
             Err(_) => Ok(Self::default()),
         }
+    }
+
+    /// How late threads were where a running appliance has sent over the same path. By Cubic: what is paced answers an
+    /// acknowledgment when its time has come.
+    fn wakes(&self, cell: &Cell) -> Option<Wakes> {
+        let live = |measured: &&Measured| {
+            measured.sender == Sender::Live(Control::Cubic) && measured.cell.to_string() == cell.to_string()
+        };
+        self.measured.iter().find(live)?.shown.wakes
     }
 
     fn write(&self, path: &PathBuf) -> Result<()> {

@@ -49,7 +49,7 @@ fn print_table(measured: &[Measured], cells: &[&Cell], figure: impl Fn(&[Figures
         let found = measured
             .iter()
             .find(|each| each.cell == *cell && each.sender == sender);
-        found.map(|found| figure(&found.runs))
+        found.map(|found| figure(&found.shown.runs))
     };
     // Columns of senders that nothing is known of would only take room.
     let is_known = |sender: &Sender| cells.iter().any(|cell| find(cell, *sender).is_some());
@@ -92,7 +92,7 @@ fn print_table(measured: &[Measured], cells: &[&Cell], figure: impl Fn(&[Figures
 fn print_lateness(measured: &[Measured], words: &[String]) {
     let wanted = measured.iter().filter(|each| each.cell.has(words));
     let late: Vec<[u64; 3]> = wanted
-        .flat_map(|each| &each.runs)
+        .flat_map(|each| &each.shown.runs)
         .filter_map(|run| run.late)
         .collect();
     if late.is_empty() {
