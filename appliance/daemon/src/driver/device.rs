@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::uio::writev;
-use nix::unistd::{read, write};
+use nix::unistd::read;
 use serde::{Deserialize, Serialize};
 use tun_rs::DeviceBuilder;
 use tungate_engine::io::{ChecksumState, PacketOut};
@@ -135,18 +135,23 @@ pub(crate) struct Reader {
 
 /// The writing half of a queue.
 pub(crate) struct Writer {
-    queue: Arc<OwnedFd>,
+    outlet: Outlet,
     /// Headers and the packet that is being made behind them, from `start` on.
     buffer: Box<[u8]>,
     start: usize,
     len: usize,
     /// On a TAP device.
     ethernet: Option<Ethernet>,
-    /// Packets that the device did not take, with their headers.
-    overflow: VecDeque<Vec<u8>>,
     udp_segmentation: bool,
+}
+
+/// Where packets leave, with their headers.
+struct Outlet {
+    queue: Arc<OwnedFd>,
+    /// Packets that the device did not take.
+    overflow: VecDeque<Vec<u8>>,
     /// Packets that the device did not take and that found no place to wait, or that it refused.
-    pub(crate) lost: u64,
+    lost: u64,
 }
 
 /// The two halves of one queue; `ethernet` is the appliance on a TAP device.
@@ -160,14 +165,16 @@ pub(super) fn split(queue: OwnedFd, udp_segmentation: bool, ethernet: Option<Eth
         readable: true,
     };
     let writer = Writer {
-        queue,
+        outlet: Outlet {
+            queue,
+            overflow: VecDeque::new(),
+            lost: 0,
+        },
         buffer: buffer(),
         start,
         len: 0,
         ethernet,
-        overflow: VecDeque::new(),
         udp_segmentation,
-        lost: 0,
     };
     (reader, writer)
 }
@@ -217,7 +224,12 @@ impl Reader {
 impl Writer {
     /// Whether the device takes bulk packets.
     pub(crate) fn has_room(&self) -> bool {
-        self.overflow.is_empty()
+        self.outlet.overflow.is_empty()
+    }
+
+    /// Packets that have been lost on the way out.
+    pub(crate) fn lost(&self) -> u64 {
+        self.outlet.lost
     }
 
     /// Lends a buffer for a packet of `len` bytes.
@@ -245,7 +257,7 @@ impl Writer {
     fn send_frame(&mut self, frame: &[u8]) {
         let mut framed = vec![0; HEADER_LEN];
         framed.extend_from_slice(frame);
-        self.write_frame(framed);
+        self.outlet.write(&[IoSlice::new(&framed)]);
     }
 
     /// Sends the packet in the buffer.
@@ -277,7 +289,7 @@ impl Writer {
         segments(&mut whole, packet, |segment| {
             let mut frame = headers.clone();
             frame.extend_from_slice(segment);
-            self.write_frame(frame);
+            self.outlet.write(&[IoSlice::new(&frame)]);
         });
     }
 
@@ -291,7 +303,7 @@ impl Writer {
             None => {}
             Some(Ok(header)) => self.buffer[HEADER_LEN..self.start].copy_from_slice(&header),
             Some(Err(question)) => {
-                self.lost += 1;
+                self.outlet.lost += 1;
                 self.send_frame(&question);
                 return false;
             }
@@ -302,62 +314,51 @@ impl Writer {
 
     /// Writes what waits, now that the device may take it.
     pub(crate) fn on_writable(&mut self) {
+        self.outlet.on_writable();
+    }
+
+    /// Writes what is in the buffer, and the payload behind it.
+    fn write(&mut self, (first, second): (&[u8], &[u8])) {
+        let start = &self.buffer[..self.start + self.len];
+        self.outlet.write(&[start, first, second].map(IoSlice::new));
+    }
+}
+
+impl Outlet {
+    fn on_writable(&mut self) {
         while let Some(packet) = self.overflow.pop_front() {
-            if let Err(Errno::EAGAIN) = self.try_write(&packet) {
+            if !self.try_write(&[IoSlice::new(&packet)]) {
                 self.overflow.push_front(packet);
                 return;
             }
         }
     }
 
-    /// Writes what is in the buffer, and the payload behind it.
-    fn write(&mut self, (first, second): (&[u8], &[u8])) {
-        let start = &self.buffer[..self.start + self.len];
-        if self.overflow.is_empty() {
-            let parts = [start, first, second].map(IoSlice::new);
-            match writev(&self.queue, &parts) {
-                Ok(_) => return,
-                Err(Errno::EAGAIN) => {}
-                Err(error) => return self.on_refused(error),
-            }
+    /// Writes one packet, behind those that wait.
+    fn write(&mut self, parts: &[IoSlice<'_>]) {
+        if self.overflow.is_empty() && self.try_write(parts) {
+            return;
         }
         if self.overflow.len() == OVERFLOW_MAX {
             self.lost += 1;
         } else {
-            self.overflow.push_back([start, first, second].concat());
+            self.overflow
+                .push_back(parts.iter().flat_map(|part| part.iter().copied()).collect());
         }
     }
 
-    /// Writes a frame with its virtio header.
-    fn write_frame(&mut self, frame: Vec<u8>) {
-        if self.overflow.is_empty() {
-            match write(&self.queue, &frame) {
-                Ok(_) => return,
-                Err(Errno::EAGAIN) => {}
-                Err(error) => return self.on_refused(error),
+    /// Writes one packet; `false` if the device is full. If it is down (EIO), or the kernel has no memory, the packet is
+    /// lost, as on any link.
+    fn try_write(&mut self, parts: &[IoSlice<'_>]) -> bool {
+        match writev(&self.queue, parts) {
+            Ok(_) => true,
+            Err(Errno::EAGAIN) => false,
+            Err(error) => {
+                self.lost += 1;
+                tracing::debug!(%error, "the TUN device refused a packet");
+                true
             }
         }
-        if self.overflow.len() == OVERFLOW_MAX {
-            self.lost += 1;
-        } else {
-            self.overflow.push_back(frame);
-        }
-    }
-
-    /// Writes one packet that waited; only EAGAIN is handed on.
-    fn try_write(&mut self, packet: &[u8]) -> Result<(), Errno> {
-        match write(&self.queue, packet) {
-            Ok(_) => {}
-            Err(Errno::EAGAIN) => return Err(Errno::EAGAIN),
-            Err(error) => self.on_refused(error),
-        }
-        Ok(())
-    }
-
-    /// The device is down (EIO), or the kernel has no memory: the packet is lost, as on any link.
-    fn on_refused(&mut self, error: Errno) {
-        self.lost += 1;
-        tracing::debug!(%error, "the TUN device refused a packet");
     }
 }
 
@@ -467,7 +468,7 @@ mod tests {
         for _ in 1..OVERFLOW_MAX + 3 {
             send(&mut writer);
         }
-        assert_eq!(writer.lost, 3);
+        assert_eq!(writer.lost(), 3);
 
         let mut received = Vec::new();
         let mut buffer = [0; 64];

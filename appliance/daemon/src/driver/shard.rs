@@ -530,7 +530,7 @@ impl Shard {
             by_rule,
             open_flows: engine.open_flows(),
             buffer_bytes: engine.buffer_bytes(),
-            lost_by_device: self.world.device.lost,
+            lost_by_device: self.world.device.lost(),
             lost_between_shards: self.world.losses.handed_over,
         }
     }
