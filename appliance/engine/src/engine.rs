@@ -54,6 +54,9 @@ pub struct Engine {
     timers: Timers,
     /// Flows that may have something to send or to tell, in the order in which they got it.
     dirty: VecDeque<FlowId>,
+    /// Flows whose acknowledgments wait, all equally long, and some whose have left. Timers of theirs would be started and
+    /// stopped for each request.
+    owing: VecDeque<(Timestamp, FlowId)>,
     reassembler: Reassembler,
     /// Counts up through the identification fields of datagrams for clients.
     identification: u32,
@@ -85,6 +88,7 @@ impl Engine {
             arena: Arena::new(config.limits.buffer_bytes),
             timers: Timers::default(),
             dirty: VecDeque::new(),
+            owing: VecDeque::new(),
             reassembler: Reassembler::new(
                 config.limits.reassembly_bytes as usize,
                 config.timeouts.reassembly,
@@ -472,6 +476,15 @@ impl Engine {
                 None => {}
             }
         }
+        while let Some(due) = self.ack_due()
+            && due <= self.now
+        {
+            if let Some((_, id)) = self.owing.pop_front()
+                && let Some(Flow::Tcp(flow)) = self.flows.get_mut(id)
+            {
+                mark_dirty(&mut self.dirty, id, flow);
+            }
+        }
         while self.reassembler.expire(self.now) {
             self.drop_packet(DropReason::FragmentTimeout, None, None, world);
         }
@@ -480,9 +493,23 @@ impl Engine {
         }
     }
 
-    fn next_deadline(&self) -> Option<Deadline> {
+    /// When the first acknowledgment is due that waits.
+    fn ack_due(&mut self) -> Option<Timestamp> {
+        loop {
+            let &(at, id) = self.owing.front()?;
+            if let Some(Flow::Tcp(flow)) = self.flows.get_mut(id)
+                && flow.ack_due() == Some(at)
+            {
+                return Some(at);
+            }
+            self.owing.pop_front();
+        }
+    }
+
+    fn next_deadline(&mut self) -> Option<Deadline> {
         let mut next = self.timers.next();
         let others = [
+            (self.ack_due(), WakeReason::Tcp),
             (self.reassembler.next_deadline(), WakeReason::Reassembly),
             (self.policy_due, WakeReason::Policy),
         ];

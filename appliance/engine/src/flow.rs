@@ -151,14 +151,7 @@ impl KeyHasher {
         hash_endpoint(&mut hasher, client.ip(), client.port());
         hash_endpoint(&mut hasher, target.ip(), target.port());
         hasher.write_u64(nanos);
-        // Two steps of sPCG32 behind the hash add nothing to it, but transcripts and shipped captures have these numbers.
-        let step = |state: u64| {
-            state
-                .wrapping_mul(0xbb2e_fcec_3c39_611d)
-                .wrapping_add(0x7590_ef39)
-        };
-        let state = step(step(hasher.finish()));
-        (state >> (29 - (state >> 61))) as u32
+        hasher.finish() as u32
     }
 }
 

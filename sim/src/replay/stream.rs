@@ -39,6 +39,8 @@ impl Origin {
 pub(super) struct Held {
     pieces: BTreeMap<u64, Vec<u8>>,
     len: usize,
+    /// The room of the piece that was let go last: most come one after the other.
+    spare: Vec<u8>,
 }
 
 impl Held {
@@ -60,6 +62,13 @@ impl Held {
     /// Takes those of `bytes`, which start at `at`, whose positions are free. Returns whether a byte that was taken
     /// before differs.
     pub(super) fn insert(&mut self, at: u64, bytes: &[u8]) -> bool {
+        if self.is_empty() && !bytes.is_empty() {
+            let mut piece = std::mem::take(&mut self.spare);
+            piece.extend_from_slice(bytes);
+            self.len = piece.len();
+            self.pieces.insert(at, piece);
+            return false;
+        }
         let range = at..at + bytes.len() as u64;
         let slice = |part: Range<u64>| &bytes[(part.start - at) as usize..(part.end - at) as usize];
         let mut conflict = false;
@@ -128,8 +137,11 @@ impl Held {
             let behind = len.min((at - held) as usize);
             self.len -= behind;
             let rest = first.get_mut().split_off(behind);
-            first.remove();
-            if !rest.is_empty() {
+            let mut piece = first.remove();
+            if rest.is_empty() {
+                piece.clear();
+                self.spare = piece;
+            } else {
                 self.pieces.insert(at, rest);
             }
         }

@@ -49,7 +49,9 @@ impl Engine {
                     world,
                 };
                 let dropped = flow.handle_segment(id, segment, &mut cx);
-                mark_dirty(&mut self.dirty, id, flow);
+                if flow.wants_turn(self.now) {
+                    mark_dirty(&mut self.dirty, id, flow);
+                }
                 return match dropped {
                     None => Judgement {
                         dropped: None,
@@ -273,7 +275,13 @@ impl Engine {
             flows: self.tcp_flows,
             world,
         };
-        match flow.take_turn(id, &mut cx) {
+        let turn = flow.take_turn(id, &mut cx);
+        if let Some(at) = flow.ack_due()
+            && self.owing.back() != Some(&(at, id))
+        {
+            self.owing.push_back((at, id));
+        }
+        match turn {
             // One of its limits was passed while it waited for the device.
             Turn::Rest(until) if until <= self.now => {
                 flow.due = true;

@@ -26,6 +26,7 @@
 //! something unacknowledged. TIME-WAIT needs no stack: the flow remembers two sequence numbers for ten seconds.
 
 pub(crate) mod arena;
+mod delay;
 mod gaps;
 mod ingress;
 mod receive;

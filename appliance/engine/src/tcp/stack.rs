@@ -8,6 +8,8 @@ use std::net::SocketAddr;
 use std::num::NonZeroU16;
 use std::time::Duration;
 
+use super::delay::Delay;
+use super::distance;
 use super::receive::{Answer, ReceiveHalf, Told};
 use super::recovery::{CongestionControl, Unacceptable};
 use super::ring::Ring;
@@ -80,8 +82,8 @@ pub(super) struct Stack {
     sent: Option<u32>,
     /// The receive half may have something to tell.
     news_wanted: bool,
-    /// An ACK has not left: it goes with data, or alone at the end of the turn.
-    ack_waits: bool,
+    owed: Owed,
+    delay: Delay,
     /// Our FIN left before the client's came.
     closed_first: bool,
 }
@@ -102,6 +104,22 @@ struct Handshake {
     first_at: Timestamp,
     /// When the next is due.
     due: Timestamp,
+}
+
+/// An ACK that has not left. It goes with data, or alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Owed {
+    Nothing,
+    /// At the end of the turn.
+    AtOnce,
+    /// In the first turn from then on.
+    Until(Timestamp),
+}
+
+impl Owed {
+    fn is_overdue(self, now: Timestamp) -> bool {
+        matches!(self, Self::Until(at) if at <= now)
+    }
 }
 
 /// How a flow's turn to send went.
@@ -139,7 +157,8 @@ impl Stack {
             },
             sent: None,
             news_wanted: false,
-            ack_waits: false,
+            owed: Owed::Nothing,
+            delay: Delay::new(),
             closed_first: false,
         }
     }
@@ -225,7 +244,7 @@ impl Stack {
         if !self.is_open() {
             return self.send_ack(world); // turns are for SYN-ACKs
         }
-        self.ack_waits = true;
+        self.owed = Owed::AtOnce;
         let block = self.receive.block().filter(|_| self.syn.sack_permitted);
         if let Some((start, end)) = block {
             let mut options = [0; 12];
@@ -234,7 +253,7 @@ impl Stack {
             options[6..10].copy_from_slice(&end.to_be_bytes());
             let ack = self.fields(TcpFlags::ACK, self.receive.told());
             self.send_control(ack, &options, world);
-            self.ack_waits = false;
+            self.owed = Owed::Nothing;
         }
     }
 
@@ -249,8 +268,11 @@ impl Stack {
             return Sending::Done { due: None };
         }
         if std::mem::take(&mut self.news_wanted) && self.receive.has_news() {
+            self.owed = self.owe_ack(now);
             self.receive.tell();
-            self.ack_waits = true;
+        } else if self.owed.is_overdue(now) {
+            self.delay.on_silence();
+            self.owed = Owed::AtOnce;
         }
         let Some(send) = &mut self.send else {
             unreachable!("looked above")
@@ -263,21 +285,42 @@ impl Stack {
             send.on_timer(now);
         }
         for _ in 0..most {
-            if !world.has_room() && (self.ack_waits || send.may_send()) {
+            if !world.has_room() && (self.owed == Owed::AtOnce || send.may_send()) {
                 return Sending::Blocked;
             }
             if !send.send(now, &self.ring, self.receive.told(), &self.way, world) {
                 let due = send.deadline();
-                if std::mem::take(&mut self.ack_waits) {
+                if self.owed == Owed::AtOnce {
+                    self.owed = Owed::Nothing;
                     let ack = self.fields(TcpFlags::ACK, self.receive.told());
                     self.send_control(ack, &[], world);
                 }
                 return Sending::Done { due };
             }
-            self.ack_waits = false;
+            self.owed = Owed::Nothing;
+            self.delay.on_answer(now);
             self.sent = Some(send.sequence());
         }
         Sending::More
+    }
+
+    /// Until when an ACK of what has come may wait. One small segment's may; that of a second, or of as much as a whole one,
+    /// goes (RFC 5681, section 4.2).
+    fn owe_ack(&mut self, now: Timestamp) -> Owed {
+        let fresh = distance(self.receive.told().acknowledgment, self.receive.expected());
+        if fresh == 0 {
+            return Owed::AtOnce;
+        }
+        match self.delay.on_request(now) {
+            Some(until)
+                if self.owed == Owed::Nothing
+                    && fresh < i32::from(self.segment_size)
+                    && !self.has_client_fin() =>
+            {
+                Owed::Until(until)
+            }
+            Some(_) | None => Owed::AtOnce,
+        }
     }
 
     /// SYN-ACKs, until the client answers one.
@@ -480,9 +523,17 @@ impl Stack {
         self.send.is_some()
     }
 
+    /// When an ACK is due that waits for data to go with.
+    pub(super) fn ack_due(&self) -> Option<Timestamp> {
+        match self.owed {
+            Owed::Until(at) => Some(at),
+            Owed::Nothing | Owed::AtOnce => None,
+        }
+    }
+
     /// Whether the client does not know yet how far its bytes have come.
     pub(super) fn owes_ack(&self) -> bool {
-        self.ack_waits || self.receive.told().acknowledgment != self.receive.expected()
+        self.owed != Owed::Nothing || self.receive.told().acknowledgment != self.receive.expected()
     }
 
     /// Whether the client's FIN has arrived, after all its bytes.
@@ -498,6 +549,15 @@ impl Stack {
     /// Whether it is we who have to linger: we closed first, and the client may not have our last ACK.
     pub(super) fn is_time_wait(&self) -> bool {
         self.closed_first
+    }
+
+    /// Whether it is open and has neither something to send or to tell nor anything on its way.
+    pub(super) fn is_at_rest(&self) -> bool {
+        let is_idle = self
+            .send
+            .as_ref()
+            .is_some_and(|send| !send.is_finished() && !send.is_outstanding());
+        is_idle && !self.news_wanted && self.owed == Owed::Nothing
     }
 
     /// Whether something we sent is not acknowledged yet: bytes, SYN or FIN.

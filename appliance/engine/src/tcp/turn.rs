@@ -14,6 +14,20 @@ use crate::io::UpstreamCommand;
 use crate::time::Timestamp;
 
 impl TcpFlow {
+    /// Whether a turn may do something, after a segment. Of its timers only the offer of memory can have become due by it.
+    pub(crate) fn wants_turn(&self, now: Timestamp) -> bool {
+        let is_at_rest = matches!(&self.phase, Phase::Live(stack) if stack.is_at_rest());
+        !is_at_rest || self.last_byte + VACATE_AFTER <= now
+    }
+
+    /// When an acknowledgment is due that waits for data to go with.
+    pub(crate) fn ack_due(&self) -> Option<Timestamp> {
+        match &self.phase {
+            Phase::Live(stack) => stack.ack_due(),
+            Phase::Connecting | Phase::TimeWait { .. } | Phase::Reset(_) | Phase::Ended(_) => None,
+        }
+    }
+
     /// Sends what there is to send, tells the driver what it has to know, and says when to come back.
     pub(crate) fn take_turn(&mut self, id: FlowId, cx: &mut Context<'_>) -> Turn {
         if std::mem::take(&mut self.due)

@@ -1,5 +1,6 @@
 //! TCP flows as a client sees them, and the traps that a stack per flow has to keep clear of.
 
+mod delay;
 mod ends;
 #[path = "../support/mod.rs"]
 mod support;

@@ -303,6 +303,9 @@ impl Client {
     }
 
     fn keep_fillers(&mut self, range: std::ops::Range<u64>) {
+        if range.is_empty() {
+            return;
+        }
         for gap in self.kept.gaps(range) {
             self.kept
                 .insert(gap.start, &vec![0; (gap.end - gap.start) as usize]);
