@@ -1,4 +1,4 @@
-//! The section `[dns]`, those with the engine's bounds, `[limits]`, `[timeouts]`, `[udp]`, `[tcp]` and `[tun]`, and
+//! The section `[dns]`, those with the engine's bounds, `[limits]`, `[timeouts]`, `[udp]`, `[tcp]`, `[tun]` and `[bypass]`, and
 //! `[prefilter]` and `[control]`.
 
 use std::net::{IpAddr, SocketAddr};
@@ -65,6 +65,7 @@ pub(crate) fn read_engine(root: &mut Section<'_, '_>, config: &mut Config) {
         limits,
         timeouts,
         udp_filtering,
+        bypass,
     } = config;
     if let Some(section) = root.section("limits") {
         read_limits(section, limits);
@@ -79,6 +80,10 @@ pub(crate) fn read_engine(root: &mut Section<'_, '_>, config: &mut Config) {
     if let Some(mut section) = root.section("tcp") {
         section.set("clients", clients);
         section.set("congestion", congestion);
+        section.finish();
+    }
+    if let Some(mut section) = root.section("bypass") {
+        section.set("enabled", bypass);
         section.finish();
     }
     if let Some(mut section) = root.section("tun") {
@@ -376,6 +381,8 @@ mod tests {
             mtu = 9000
             router_v4 = "192.0.2.1"
             router_v6 = "2001:db8::1"
+            [bypass]
+            enabled = true
             [prefilter]
             interfaces = ["eth0", "eth1"]
             required = true
@@ -414,6 +421,7 @@ mod tests {
                 reassembly: seconds(9),
             },
             udp_filtering: Filtering::AddressDependent,
+            bypass: true,
             ..Config::default()
         };
         assert_eq!(loaded.engine, expected);
@@ -535,6 +543,11 @@ mod tests {
             "[tun]\nrouter_v6 = \"<<192.0.2.1>>\"",
             "`192.0.2.1` is not an IPv6 address",
             "2001:db8::1",
+        );
+        mistake(
+            "[bypass]\nenabled = <<1>>",
+            "this is a number, not true or false",
+            "true",
         );
         mistake(
             "[prefilter]\nrequired = <<\"yes\">>",

@@ -46,8 +46,8 @@ pub(crate) enum Order {
     End,
 }
 
-/// What the worker begins with, beside its descriptors: the socket to ask for others, the device's queues, and then the
-/// journal and the control socket if there are such.
+/// What the worker begins with, beside its descriptors: the socket to ask for others, the device's queues, and then, if
+/// there are such, the bypass's two lines, the journal and the control socket.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Start {
     pub(crate) json_log: bool,
@@ -55,6 +55,7 @@ pub(crate) struct Start {
     pub(crate) ways: Ways,
     pub(crate) layer: Layer,
     pub(crate) udp_segmentation: bool,
+    pub(crate) has_bypass: bool,
     pub(crate) has_journal: bool,
     pub(crate) has_control: bool,
     /// What sockets have for which no mark is configured.

@@ -31,6 +31,8 @@ pub struct Config {
     pub timeouts: Timeouts,
     /// Which datagrams from outside a UDP mapping lets in.
     pub udp_filtering: Filtering,
+    /// Whether TCP flows that need nothing but to be let through are left to the kernel ([`bypass`](crate::bypass)).
+    pub bypass: bool,
 }
 
 /// Where the clients are.
@@ -121,6 +123,7 @@ impl Default for Config {
             limits: Limits::default(),
             timeouts: Timeouts::default(),
             udp_filtering: Filtering::EndpointIndependent,
+            bypass: false,
         }
     }
 }

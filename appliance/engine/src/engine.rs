@@ -1,5 +1,6 @@
 //! The engine: one way in, one ordered way out. It dispatches; the modules decide.
 
+mod bypass;
 mod sessions;
 mod tcp;
 
@@ -116,6 +117,7 @@ impl Engine {
         match input {
             Input::Packet(packet) => return Some(self.handle_packet(&packet, world)),
             Input::Upstream(flow, event) => self.handle_upstream(flow, event, world),
+            Input::Bypass(news) => self.handle_bypass_news(&news, world),
             Input::Wakeup => {}
             Input::Policy(policy) => {
                 self.policy = policy;
@@ -527,6 +529,12 @@ impl Engine {
     fn end(&mut self, id: FlowId, reason: CloseReason, world: &mut dyn World) {
         match self.flows.get_mut(id) {
             Some(Flow::Tcp(flow)) => {
+                if flow.is_bypassed() {
+                    if !flow.is_time_wait() {
+                        self.release(id, Some(reason), world);
+                    }
+                    return;
+                }
                 if !flow.is_time_wait() {
                     flow.abort_upstream(id, world);
                     self.account_end(id, reason, world);

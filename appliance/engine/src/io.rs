@@ -6,6 +6,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use crate::addr::{FlowId, IngressId, Protocol, ShardId};
+use crate::bypass::{BypassNews, BypassOrder, Ends};
 use crate::dns::Learned;
 use crate::engine::Engine;
 use crate::event::{DropReason, Event};
@@ -19,6 +20,8 @@ pub enum Input<'a> {
     Packet(PacketIn<'a>),
     /// News about an upstream that the engine asked for. News about a flow that has ended is ignored.
     Upstream(FlowId, UpstreamEvent<'a>),
+    /// News about a connection that the kernel carries. If the engine knows none of it, it is ignored.
+    Bypass(BypassNews),
     /// Only time has passed; harmless when early.
     Wakeup,
     /// The policy from now on. Flows it denies end with its reason.
@@ -277,6 +280,11 @@ pub trait World {
     fn offer(&mut self, flow: FlowId, bytes: &[u8]) -> usize {
         let _ = (flow, bytes); // they are lent later
         0
+    }
+    /// Carries out an order about a flow that the kernel carries. Worlds whose engines have no
+    /// [`Config::bypass`](crate::Config::bypass) get none.
+    fn bypass(&mut self, flow: FlowId, ends: Ends, order: BypassOrder) {
+        let _ = (flow, ends, order); // nobody answers
     }
     /// Takes note of something worth counting, logging or checking.
     fn event(&mut self, event: &Event);

@@ -5,6 +5,7 @@
 //! [`Engine::read`] and [`Engine::write`]. `ARCHITECTURE.md` has the picture.
 
 pub mod addr;
+pub mod bypass;
 pub mod config;
 mod counters;
 pub mod dns;

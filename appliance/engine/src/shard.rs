@@ -30,6 +30,14 @@ pub fn owner(packet: &PacketView<'_>, shards: u8) -> ShardId {
     among(hash, shards)
 }
 
+/// The shard that owns the TCP connection between `a` and `b`, in either order.
+pub fn owner_of_tcp(a: SocketAddr, b: SocketAddr, shards: u8) -> ShardId {
+    among(
+        pair(endpoint(a.ip(), a.port()), endpoint(b.ip(), b.port())),
+        shards,
+    )
+}
+
 /// The shard that owns the UDP mapping of the endpoint `client`.
 pub fn owner_of_udp_client(client: SocketAddr, shards: u8) -> ShardId {
     among(endpoint(client.ip(), client.port()), shards)

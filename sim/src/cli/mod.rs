@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use tungate_config::{Diagnostic, Diagnostics, Loaded};
 use tungate_engine::journal::JournalError;
-use tungate_engine::{Policy, Timestamp};
+use tungate_engine::{Config, Policy, Timestamp};
 
 pub use self::args::Args;
 use self::inputs::Inputs;
@@ -208,7 +208,11 @@ impl Configured {
     fn new(name: String, loaded: Loaded, args: &Args) -> Self {
         let options = Options {
             policy: Arc::new(Policy::new(loaded.policy)),
-            config: loaded.engine,
+            // A capture has no kernel behind it that could carry flows: verdicts are the same.
+            config: Config {
+                bypass: false,
+                ..loaded.engine
+            },
             clients: args.clients.clone(),
             midstream: args.midstream,
             checksums: args.checksums,

@@ -36,6 +36,7 @@ fn table(counters: &Counters) -> Result<String> {
             counters.dropped_by_other_rules,
             "packets dropped by other rules of earlier policies",
         ),
+        (counters.bypassed_flows, "flows left to the kernel"),
         (
             counters.dropped_by_prefilter,
             "of these packets dropped by the pre-filter",

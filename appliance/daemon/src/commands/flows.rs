@@ -111,6 +111,9 @@ fn table(flows: &Flows, width: Option<usize>) -> String {
         column("age", true, &|flow| {
             text::time(Duration::from_secs_f64(flow.age_seconds))
         }),
+        column("way", false, &|flow| {
+            if flow.bypassed { "bypassed" } else { "" }.to_owned()
+        }),
         column("state", false, &|flow| flow.state.name().to_owned()),
     ];
     columns.retain(|column| column.cells.iter().any(|cell| !cell.is_empty()));
@@ -203,6 +206,7 @@ mod tests {
             rule: "default".to_owned(),
             egress: "direct".to_owned(),
             state: State::Open,
+            bypassed: false,
             age_seconds: 61.5,
             to_upstream: 1_000,
             to_client: 2_000_000,

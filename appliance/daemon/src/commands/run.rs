@@ -4,7 +4,7 @@ use std::fs::OpenOptions;
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tungate_config::Loaded;
 use tungate_engine::DropReason;
@@ -19,6 +19,12 @@ use crate::{cli, logs, supervisor};
 
 pub(super) fn run(arguments: &cli::Run) -> Result<ExitCode> {
     let loaded = configuration(arguments.policy.config.as_deref())?;
+    if loaded.engine.bypass && (arguments.tap || arguments.from.is_empty()) {
+        bail!(
+            "bypass.enabled is for clients behind an interface: say which by `--from INTERFACE`, or leave it out of the \
+             configuration"
+        );
+    }
     if arguments.dry_run {
         return dry_run(arguments, &loaded);
     }
@@ -88,6 +94,9 @@ fn dry_run(arguments: &cli::Run, loaded: &Loaded) -> Result<ExitCode> {
     for change in capture.preparation().iter().chain(&capture.rules()) {
         println!("{change}");
     }
+    if loaded.engine.bypass {
+        println!("# and, for the bypass, the rules that `nft list table inet tungate` shows while it runs");
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -103,6 +112,7 @@ pub(crate) fn capture_of(arguments: &cli::Run, loaded: &Loaded) -> Capture {
         interfaces: arguments.from.clone(),
         marks: supervisor::marks(&loaded.egresses),
         fail_open: arguments.fail_open,
+        bypass: loaded.engine.bypass,
     }
 }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use etherparse::PacketBuilder;
+use tungate_engine::bypass::{BypassOrder, Ends};
 use tungate_engine::dns::Learned;
 use tungate_engine::io::{ChecksumState, Judgement, PacketOut, UpstreamCommand};
 use tungate_engine::policy::{Action, RuleRef};
@@ -164,6 +165,7 @@ fn explain(flow: &Described, config: Config, policy: &Arc<Policy>) -> Result<Str
         Some(RuleRef::Resolver) => "[dns] resolver: no rule fits".to_owned(),
     };
     let path = match rule {
+        _ if world.bypassed => "the engine for its first packet, then the kernel",
         Some(RuleRef::List(_)) => "the pre-filter where it is loaded, the engine elsewhere",
         Some(RuleRef::Rule(_) | RuleRef::Default | RuleRef::Resolver) | None => "the engine",
     };
@@ -178,12 +180,17 @@ fn explain(flow: &Described, config: Config, policy: &Arc<Policy>) -> Result<Str
 #[derive(Default)]
 struct Onlooker {
     action: Option<Action>,
+    bypassed: bool,
     buffer: Vec<u8>,
 }
 
 impl World for Onlooker {
     fn has_room(&self) -> bool {
         true
+    }
+
+    fn bypass(&mut self, _: FlowId, _: Ends, _: BypassOrder) {
+        self.bypassed = true;
     }
 
     fn packet_buffer(&mut self, len: usize) -> &mut [u8] {

@@ -70,6 +70,7 @@ fn shown_flow(flow: &FlowReport, rates: Option<(f64, f64)>) -> api::Flow {
             Stage::UpstreamClosed => api::State::UpstreamClosed,
             Stage::Closing => api::State::Closing,
         },
+        bypassed: flow.bypassed,
         age_seconds: round(flow.age.as_secs_f64()),
         to_upstream: flow.progress.to_upstream,
         to_client: flow.progress.to_client,
@@ -102,6 +103,7 @@ pub(super) fn counters(totals: Vec<Totals>, report: Report) -> api::Counters {
         *ended.entry((*reason).to_owned()).or_default() += count;
     }
     let sum = |of: fn(&Totals) -> u64| totals.iter().map(of).sum();
+    let bypassed_flows = sum(|totals| totals.bypassed);
     let (open_flows, buffer_bytes) = (open_flows(&totals), sum(|totals| totals.buffer_bytes));
     let (lost_by_device, lost_between_shards) = (
         sum(|totals| totals.lost_by_device),
@@ -116,6 +118,7 @@ pub(super) fn counters(totals: Vec<Totals>, report: Report) -> api::Counters {
     api::Counters {
         open_flows,
         buffer_bytes,
+        bypassed_flows,
         dropped,
         dropped_by_rule,
         dropped_by_other_rules,

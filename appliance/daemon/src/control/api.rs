@@ -87,6 +87,8 @@ pub(crate) struct Flow {
     /// The way out, by name.
     pub(crate) egress: String,
     pub(crate) state: State,
+    /// The kernel carries it; its bytes are near what they are until it ends.
+    pub(crate) bypassed: bool,
     pub(crate) age_seconds: f64,
     /// Payload bytes.
     pub(crate) to_upstream: u64,
@@ -113,6 +115,8 @@ pub(crate) enum State {
 pub(crate) struct Counters {
     pub(crate) open_flows: usize,
     pub(crate) buffer_bytes: u64,
+    /// Flows that were left to the kernel, of those that have opened.
+    pub(crate) bypassed_flows: u64,
     /// Packets by reason; all reasons there are.
     pub(crate) dropped: BTreeMap<String, u64>,
     /// Packets by list entry or rule; those that have dropped any.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crossbeam_queue::{ArrayQueue, SegQueue};
 use socket2::Socket;
 use tokio::sync::{mpsc, oneshot};
+use tungate_engine::bypass::BypassNews;
 use tungate_engine::dns::Learned;
 use tungate_engine::io::{ChecksumState, UpstreamError};
 use tungate_engine::{FlowId, IngressId, PacketIn, Policy};
@@ -45,6 +46,8 @@ pub(crate) enum Message {
     Policy(Arc<Policy>, Arc<Egresses>),
     /// Nanoseconds from the Unix epoch to the clock's.
     WallClock(i64),
+    /// What has become of a flow that the kernel carries.
+    Bypass(BypassNews),
     /// What a client has learned by way of another shard.
     Learned(Arc<Learned>),
     /// Take no new flows, and report when there are none.

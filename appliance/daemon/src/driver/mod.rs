@@ -17,7 +17,9 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use tokio::sync::mpsc;
+use tungate_engine::bypass::BypassNews;
 use tungate_engine::journal::Header;
+use tungate_engine::shard::owner_of_tcp;
 use tungate_engine::{Config, Counters, Policy, ShardId};
 
 pub(crate) use clock::{Clock, unix_time};
@@ -26,6 +28,7 @@ pub(crate) use exchange::{Mailbox, Message};
 pub(crate) use machine::{Journal, Machine};
 pub(crate) use questions::{Asker, FlowReport, RuleCounts};
 
+use crate::bypass::{Asking, Watcher};
 use crate::egress::{Dialer, Egresses};
 
 /// More shards than this share a machine's memory bandwidth, not its cores.
@@ -44,6 +47,8 @@ pub(crate) struct Settings {
     pub(crate) egresses: Arc<Egresses>,
     pub(crate) dialer: Dialer,
     pub(crate) device: Device,
+    /// What follows flows that the kernel carries, where it does.
+    pub(crate) bypass: Option<(Watcher, Asking)>,
     /// An empty file to write a journal to.
     pub(crate) journal: Option<File>,
 }
@@ -69,6 +74,8 @@ pub(crate) struct Totals {
     pub(crate) open_flows: usize,
     /// Bytes of TCP buffers that flows have.
     pub(crate) buffer_bytes: u64,
+    /// Flows that were left to the kernel.
+    pub(crate) bypassed: u64,
     /// Packets that the device refused.
     pub(crate) lost_by_device: u64,
     /// Packets that found another shard too busy.
@@ -80,6 +87,7 @@ pub(crate) struct Driver {
     threads: Vec<JoinHandle<()>>,
     mailboxes: Arc<[Arc<Mailbox>]>,
     reports: mpsc::UnboundedReceiver<Report>,
+    bypass: Option<Asking>,
     journal: Option<Journal>,
     pub(crate) clock: Clock,
 }
@@ -97,8 +105,10 @@ impl Driver {
             egresses,
             dialer,
             device,
+            bypass,
             journal,
         } = settings;
+        let (watcher, asking) = bypass.unzip();
         let clock = Clock::start();
         let start = clock.now();
         let shards = device.queues.len() as u8;
@@ -152,6 +162,7 @@ impl Driver {
                 mailboxes: mailboxes.clone(),
                 buffers: buffers.clone(),
                 dialer: dialer.clone(),
+                bypass: asking.clone(),
                 reports: sender.clone(),
             };
             let end = EndReport::new(sender.clone());
@@ -162,10 +173,26 @@ impl Driver {
                     .spawn(run)?,
             );
         }
+        if let Some(watcher) = watcher {
+            let mailboxes = mailboxes.clone();
+            let tell = move |news: BypassNews| {
+                let owner = owner_of_tcp(news.ends.client, news.ends.target, shards);
+                mailboxes[usize::from(owner.0)].send(Message::Bypass(news));
+            };
+            // Reports end with the shards, whatever this thread does.
+            let reports = sender.downgrade();
+            let fail = move |why| {
+                if let Some(reports) = reports.upgrade() {
+                    let _ = reports.send(Report::Ended(Err(why)));
+                }
+            };
+            watcher.start(shard::INGRESS, tell, fail)?;
+        }
         Ok(Self {
             threads,
             mailboxes,
             reports,
+            bypass: asking,
             journal,
             clock,
         })
@@ -180,7 +207,12 @@ impl Driver {
 
     /// Asks the shards.
     pub(crate) fn asker(&self) -> Asker {
-        Asker::new(self.mailboxes.clone())
+        Asker::new(self.mailboxes.clone(), self.bypass.clone())
+    }
+
+    /// Whether the kernel carries flows.
+    pub(crate) fn has_bypass(&self) -> bool {
+        self.bypass.is_some()
     }
 
     /// How many shards there are.

@@ -18,6 +18,7 @@ use tungate_engine::{Counters, Engine, FlowId, Policy, Protocol, Timestamp};
 use super::Totals;
 use super::exchange::{Mailbox, Message};
 use super::world::Flows;
+use crate::bypass::Asking;
 
 /// Slots of the flow table that are looked at in a turn.
 const SLOTS_PER_TURN: usize = 256;
@@ -38,6 +39,8 @@ pub(crate) struct FlowReport {
     pub(super) rule: RuleRef,
     pub(super) names: Arc<Names>,
     pub(crate) age: Duration,
+    /// The kernel carries it.
+    pub(crate) bypassed: bool,
     pub(crate) progress: Progress,
 }
 
@@ -59,6 +62,7 @@ pub(crate) struct RuleCounts {
 #[derive(Clone)]
 pub(crate) struct Asker {
     mailboxes: Arc<[Arc<Mailbox>]>,
+    bypass: Option<Asking>,
 }
 
 /// A listing that a shard is about.
@@ -137,12 +141,15 @@ impl RuleCounts {
 }
 
 impl Asker {
-    pub(super) fn new(mailboxes: Arc<[Arc<Mailbox>]>) -> Self {
-        Self { mailboxes }
+    pub(super) fn new(mailboxes: Arc<[Arc<Mailbox>]>, bypass: Option<Asking>) -> Self {
+        Self { mailboxes, bypass }
     }
 
     /// All open flows.
     pub(crate) async fn flows(&self) -> Vec<FlowReport> {
+        if let Some(bypass) = &self.bypass {
+            bypass.refresh().await;
+        }
         let (sender, mut receiver) = mpsc::unbounded_channel();
         for mailbox in self.mailboxes.iter() {
             mailbox.send(Message::Flows(sender.clone()));

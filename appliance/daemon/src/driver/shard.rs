@@ -34,6 +34,7 @@ use super::machine::{Journal, Machine};
 use super::questions::{Listing, Names, RuleCounts};
 use super::world::{Flows, Losses, News, ShardWorld, flow_of};
 use super::{Report, Totals};
+use crate::bypass::Asking;
 use crate::egress::{Dialer, Egresses};
 use crate::logs;
 use crate::upstream::{Batch, Readiness, Tcp, Upstream};
@@ -55,7 +56,7 @@ const DEVICE: Token = Token(usize::MAX);
 const MAILBOX: Token = Token(usize::MAX - 1);
 
 /// The ingress of the one device there is.
-const INGRESS: IngressId = IngressId(0);
+pub(super) const INGRESS: IngressId = IngressId(0);
 
 /// What a shard is made of, before its thread runs.
 pub(super) struct Parts {
@@ -73,6 +74,7 @@ pub(super) struct Parts {
     pub(super) mailboxes: Arc<[Arc<Mailbox>]>,
     pub(super) buffers: Arc<Buffers>,
     pub(super) dialer: Dialer,
+    pub(super) bypass: Option<Asking>,
     pub(super) reports: tokio::sync::mpsc::UnboundedSender<Report>,
 }
 
@@ -125,6 +127,7 @@ pub(super) fn run(parts: Parts) -> io::Result<Totals> {
         mailboxes,
         buffers,
         dialer,
+        bypass,
         reports,
     } = parts;
     let (id, shards) = (config.shard, config.shards);
@@ -154,6 +157,8 @@ pub(super) fn run(parts: Parts) -> io::Result<Totals> {
         shard: id,
         registry: poll.registry().try_clone()?,
         dialer,
+        bypass,
+        bypassed: 0,
         gathered: Default::default(),
     };
     let engine = Engine::new(config, policy, seed, start);
@@ -266,6 +271,7 @@ impl Shard {
                     self.world.egresses = egresses;
                     self.handle(Input::Policy(policy));
                 }
+                Message::Bypass(news) => self.handle(Input::Bypass(news)),
                 Message::WallClock(offset) => self.handle(Input::WallClock(offset)),
                 Message::Learned(learned) => self.handle(Input::Learned(&learned)),
                 Message::Drain => {
@@ -530,6 +536,7 @@ impl Shard {
             by_rule,
             open_flows: engine.open_flows(),
             buffer_bytes: engine.buffer_bytes(),
+            bypassed: self.world.bypassed,
             lost_by_device: self.world.device.lost(),
             lost_between_shards: self.world.losses.handed_over,
         }

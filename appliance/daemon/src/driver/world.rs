@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
+use tungate_engine::bypass::{BypassOrder, Ends};
 use tungate_engine::dns::Learned;
 use tungate_engine::event::NameSource;
 use tungate_engine::io::{IcmpError, Open, PacketOut, Unreachable, UpstreamCommand, UpstreamError};
@@ -24,6 +25,7 @@ use super::device::Writer;
 use super::exchange::{Buffers, Mailbox, Message};
 use super::gathered::{self, Gathered};
 use super::questions::{FlowReport, Names};
+use crate::bypass::Asking;
 use crate::egress::{Dialer, Egresses, Way};
 use crate::upstream::errors::connect_error;
 use crate::upstream::{Associating, Dialing, Ping, Readiness, SocketSetup, Tcp, Udp, Upstream};
@@ -51,6 +53,10 @@ pub(super) struct ShardWorld {
     pub(super) shard: ShardId,
     pub(super) registry: Registry,
     pub(super) dialer: Dialer,
+    /// Whom flows are left to; `None`: they are all terminated.
+    pub(super) bypass: Option<Asking>,
+    /// Flows that were left to the kernel.
+    pub(super) bypassed: u64,
     /// Datagrams for upstreams that leave together.
     pub(super) gathered: Gathered,
 }
@@ -96,6 +102,8 @@ struct Record {
     names: Arc<Names>,
     name: Option<(String, NameSource)>,
     opened: Timestamp,
+    /// The kernel carries it.
+    bypassed: bool,
 }
 
 impl Flows {
@@ -143,6 +151,7 @@ impl Flows {
                 rule: record.rule,
                 names: record.names.clone(),
                 age: now.since(record.opened),
+                bypassed: record.bypassed,
                 progress: engine.progress(*id)?,
             })
         };
@@ -421,6 +430,18 @@ impl World for ShardWorld {
         taken
     }
 
+    fn bypass(&mut self, id: FlowId, ends: Ends, order: BypassOrder) {
+        if order == BypassOrder::Begin
+            && let Some(entry) = self.flows.get_mut(id)
+        {
+            entry.record.bypassed = true;
+            self.bypassed += 1;
+        }
+        if let Some(bypass) = &self.bypass {
+            bypass.order(ends, order);
+        }
+    }
+
     fn event(&mut self, event: &Event) {
         match event {
             Event::Dropped { reason, rule, flow } => {
@@ -444,6 +465,7 @@ impl World for ShardWorld {
                     names: self.names.clone(),
                     name: None,
                     opened: self.now,
+                    bypassed: false,
                 };
                 tracing::debug!(
                     target: "tungate::flow",
@@ -552,6 +574,7 @@ impl Record {
             name_source = self.name.as_ref().map(|(_, source)| source.name()),
             rule = %self.rule(),
             egress = self.egress(),
+            way = self.bypassed.then_some("bypassed"),
             to_upstream,
             to_client,
             seconds = format_args!("{:.3}", now.since(self.opened).as_secs_f64()),

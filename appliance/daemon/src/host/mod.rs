@@ -22,6 +22,7 @@ pub(crate) use namespace::{allow_pings, check_device_node, enclose, enter_namesp
 pub(crate) use plan::{Capture, Change, MARK, device_addresses};
 
 use self::netlink::Netlink;
+use crate::bypass;
 use crate::driver::{Device, Layer};
 
 /// Where locks and old values are kept.
@@ -76,6 +77,9 @@ impl HostSetup {
             .remove_all(DEVICE)
             .await
             .context("cannot remove what an earlier run left behind")?;
+        if sysctl::read("net/netfilter/nf_conntrack_max").is_some() {
+            bypass::forget_all();
+        }
         let settings = setup.saved.settings.len();
         setup.saved.restore()?;
         if left + settings > 0 {

@@ -21,6 +21,7 @@ use ipnet::{IpNet, Ipv6Net};
 use tungate_engine::Config;
 
 use super::sysctl;
+use crate::bypass::Opened;
 
 /// The mark of the appliance's own packets ("tung" on a telephone).
 pub(crate) const MARK: u32 = 0x7467;
@@ -120,6 +121,8 @@ pub(crate) struct Capture {
     pub(crate) marks: BTreeSet<u32>,
     /// Whether traffic goes its usual way when the appliance dies.
     pub(crate) fail_open: bool,
+    /// Whether the kernel carries flows of clients.
+    pub(crate) bypass: bool,
 }
 
 /// The device's own addresses: those behind the router's, by which the appliance reports errors.
@@ -241,6 +244,54 @@ impl Capture {
         versions.iter().map(setting).collect()
     }
 
+    /// The interfaces that bypassed flows may leave by.
+    fn others(&self, version: &str) -> Vec<String> {
+        if !self.bypass {
+            return Vec::new();
+        }
+        let mut names = sysctl::interfaces(&format!("net/{version}/conf"));
+        names.retain(|name| name != "lo" && *name != self.device && !self.interfaces.contains(name));
+        names
+    }
+
+    /// The interfaces that do not forward, and will because of the bypass alone. To be asked before
+    /// [`Capture::preparation`] is made.
+    pub(crate) fn opened(&self) -> Vec<Opened> {
+        let is_on = |key: &str| sysctl::read(key).is_some_and(|value| value != "0");
+        let mut opened = Vec::new();
+        for interface in self.others("ipv4") {
+            if !is_on(&format!("net/ipv4/conf/{interface}/forwarding")) {
+                let ipv6 = false;
+                opened.push(Opened { interface, ipv6 });
+            }
+        }
+        if self.address_v6.is_some() && !is_on("net/ipv6/conf/all/forwarding") {
+            for interface in self.others("ipv6") {
+                if !is_on(&format!("net/ipv6/conf/{interface}/force_forwarding")) {
+                    let ipv6 = true;
+                    opened.push(Opened { interface, ipv6 });
+                }
+            }
+        }
+        opened
+    }
+
+    /// What has connections counted and told of. To be made when the kernel tracks them.
+    pub(crate) fn accounting(&self) -> Vec<Change> {
+        let set = |name: &str, wanted: fn(&str) -> bool| {
+            let key = format!("net/netfilter/{name}");
+            let present = sysctl::read(&key)?;
+            (!wanted(&present)).then(|| Change::Sysctl {
+                key,
+                value: "1".to_owned(),
+                lasting: true,
+            })
+        };
+        let counts = set("nf_conntrack_acct", |value| value == "1");
+        let tells = set("nf_conntrack_events", |value| value != "0");
+        counts.into_iter().chain(tells).collect()
+    }
+
     /// What lets packets pass between clients' interfaces and the device.
     fn forwarding(&self) -> Vec<Change> {
         if self.interfaces.is_empty() {
@@ -253,19 +304,16 @@ impl Capture {
                 changes.push(Change::Sysctl { key, value, lasting });
             }
         };
-        for interface in &self.interfaces {
+        for interface in self.interfaces.iter().chain(&self.others("ipv4")) {
             set(format!("net/ipv4/conf/{interface}/forwarding"), "1", true);
         }
         set(format!("net/ipv4/conf/{}/forwarding", self.device), "1", false);
         if self.address_v6.is_some() {
-            let names = self.interfaces.iter().chain([&self.device]);
-            let keys: Vec<_> = names
-                .map(|name| format!("net/ipv6/conf/{name}/force_forwarding"))
-                .collect();
             if sysctl::read("net/ipv6/conf/default/force_forwarding").is_some() {
-                for (index, key) in keys.into_iter().enumerate() {
-                    let lasting = index < self.interfaces.len();
-                    set(key, "1", lasting);
+                let others = self.others("ipv6");
+                for name in self.interfaces.iter().chain([&self.device]).chain(&others) {
+                    let lasting = *name != self.device;
+                    set(format!("net/ipv6/conf/{name}/force_forwarding"), "1", lasting);
                 }
             } else if sysctl::read("net/ipv6/conf/all/forwarding").is_none_or(|value| value == "0") {
                 // Forwarding turns router advertisements off where they are only just on, and with them the
@@ -429,6 +477,7 @@ mod tests {
             interfaces: interfaces.iter().map(|&name| name.to_owned()).collect(),
             marks: marks.iter().copied().collect(),
             fail_open: false,
+            bypass: false,
         }
     }
 

@@ -28,6 +28,7 @@ use self::prefilter::Prefilters;
 use self::process::Process;
 use self::signals::{Request, Signals};
 use self::sockets::Allowed;
+use crate::bypass::Keeper;
 use crate::cli;
 use crate::commands::{capture_of, create_journal, explain_device};
 use crate::control::{Ask, Lists, Socket};
@@ -94,7 +95,17 @@ async fn supervise(
         .map_err(explain_device)
         .context("cannot create the device")?;
     let capture = capture_of(arguments, &loaded);
+    let (_keeper, bypass) = match capture.bypass {
+        true => {
+            let (keeper, lines) = Keeper::start(&capture.device, &capture.interfaces, &capture.opened())?;
+            (Some(keeper), Some(lines))
+        }
+        false => (None, None),
+    };
     setup.make(capture.preparation()).await?;
+    if capture.bypass {
+        setup.make(capture.accounting()).await?;
+    }
     let allowed = Allowed::by(&loaded.egresses);
     let line = sockets::serve(allowed.clone()).context("cannot serve the relaying process")?;
     let prefilters = Prefilters::attach(&loaded.prefilter, &loaded.policy, &arguments.from)?;
@@ -118,12 +129,13 @@ async fn supervise(
         },
         layer,
         udp_segmentation: device.udp_segmentation,
+        has_bypass: bypass.is_some(),
         has_journal: journal.is_some(),
         has_control: control.is_some(),
         mark: MARK,
     };
     let control_fd = control.as_ref().and_then(Socket::fd);
-    let mut worker = Process::start(start, line, device, journal, control_fd).await?;
+    let mut worker = Process::start(start, line, device, bypass, journal, control_fd).await?;
     if let Some(control) = &mut control {
         control.hand_over();
     }
@@ -150,6 +162,7 @@ async fn supervise(
         },
         shards,
         ipv6 = capture.address_v6.is_some(),
+        bypass = capture.bypass.then_some(true),
         control = control
             .as_ref()
             .map(|control| control.path().display().to_string()),

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
+use crate::bypass::Lines;
 use crate::driver::Device;
 use crate::link::{Link, News, Order, Start, send_descriptors};
 
@@ -33,6 +34,7 @@ impl Process {
         start: Start,
         line: OwnedFd,
         device: Device,
+        bypass: Option<Lines>,
         journal: Option<File>,
         control: Option<BorrowedFd<'_>>,
     ) -> Result<Self> {
@@ -51,10 +53,15 @@ impl Process {
             .context("cannot start the relaying process")?;
         let mut descriptors = vec![line.as_fd()];
         descriptors.extend(device.queues.iter().map(AsFd::as_fd));
+        descriptors.extend(
+            bypass
+                .iter()
+                .flat_map(|lines| [lines.line.as_fd(), lines.log.as_fd()]),
+        );
         descriptors.extend(journal.as_ref().map(AsFd::as_fd));
         descriptors.extend(control);
         let sent = send_descriptors(&ours, &descriptors);
-        drop((line, device, journal));
+        drop((line, device, bypass, journal));
         let mut process = Self {
             child,
             link: Link::new(ours)?,

@@ -17,11 +17,12 @@ use anyhow::{Context, Result, bail};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{SigHandler, Signal, signal};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::interval;
+use tokio::time::{interval, timeout};
 use tungate_config::Egress;
 use tungate_engine::Policy;
 use tungate_engine::policy::PolicySpec;
 
+use crate::bypass::{Lines, Watcher};
 use crate::commands::{closed, report, runtime};
 use crate::control::{Asked, Current, Done, ListChange, Lists, Refused, Server};
 use crate::driver::{Device, Driver, Message, Report, Settings};
@@ -33,6 +34,9 @@ use crate::upstream::Broker;
 /// How often the wall clock is compared with ours, and what difference counts as its having been set.
 const CLOCK_CHECK: Duration = Duration::from_secs(10);
 const CLOCK_STEP: Duration = Duration::from_millis(500);
+/// How long bypassed flows may take to end, and how often that is looked at.
+const RELEASE_TIME: Duration = Duration::from_secs(3);
+const RELEASE_CHECK: Duration = Duration::from_millis(20);
 /// What the control socket may ask of the supervisor before it has answered.
 const ASKS_MAX: usize = 32;
 
@@ -77,6 +81,11 @@ async fn work(start: Start, descriptors: Vec<OwnedFd>, link: &mut Link) -> Resul
     let mut last = |is_there: bool| is_there.then(|| descriptors.next_back()).flatten();
     let control = last(start.has_control).map(UnixListener::from);
     let journal = last(start.has_journal).map(File::from);
+    let log = last(start.has_bypass);
+    let asked = last(start.has_bypass);
+    let bypass = asked
+        .zip(log)
+        .map(|(line, log)| Watcher::new(Lines { line, log }));
     let device = Device {
         queues: descriptors.collect(),
         layer: start.layer,
@@ -91,6 +100,7 @@ async fn work(start: Start, descriptors: Vec<OwnedFd>, link: &mut Link) -> Resul
         egresses: egresses.clone(),
         dialer: Dialer::new(tokio::runtime::Handle::current()),
         device,
+        bypass,
         journal,
     })
     .context("cannot start the driver")?;
@@ -264,12 +274,32 @@ impl Worker {
         });
     }
 
+    /// Waits, but not for long, until no flow is open: the kernel forgets bypassed ones in its own time.
+    async fn until_released(&self) {
+        let released = async {
+            let mut checks = interval(RELEASE_CHECK);
+            loop {
+                checks.tick().await;
+                let totals = self.driver.asker().totals().await;
+                if totals.iter().all(|totals| totals.open_flows == 0) {
+                    return;
+                }
+            }
+        };
+        if timeout(RELEASE_TIME, released).await.is_err() {
+            tracing::warn!("the kernel has not told the ends of all flows that it carried");
+        }
+    }
+
     /// Resets what is still open, and ends.
     async fn end(self) {
         let policy = Arc::new(Policy::new(closed()));
         if let Ok(egresses) = Egresses::new(&[], None).map(Arc::new) {
             self.driver
                 .tell(|| Message::Policy(policy.clone(), egresses.clone()));
+        }
+        if self.driver.has_bypass() {
+            self.until_released().await;
         }
         report(&self.driver.stop().await);
     }

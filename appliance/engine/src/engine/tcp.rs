@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::{Engine, Room, mark_dirty};
 use crate::addr::{FlowId, IngressId, Protocol};
+use crate::dns;
 use crate::event::{CloseReason, DropReason, Event};
 use crate::flow::Flow;
 use crate::io::{IcmpError, Judgement, Open, UpstreamCommand, UpstreamError, UpstreamEvent, World};
@@ -38,6 +39,9 @@ impl Engine {
             let Some(Flow::Tcp(flow)) = self.flows.get_mut(id) else {
                 unreachable!("TCP keys name TCP flows")
             };
+            if flow.is_bypassed() {
+                return self.handle_bypassed(id, view, segment, world);
+            }
             if !is_first || !flow.is_replaced_by(segment) {
                 let rule = flow.rule;
                 let mut cx = Context {
@@ -70,14 +74,14 @@ impl Engine {
             }
             return self.drop_packet(DropReason::NoFlow, None, None, world);
         }
-        self.open_tcp(ingress, (client, target), segment, world)
+        self.open_tcp(ingress, (client, target), (view, segment), world)
     }
 
     fn open_tcp(
         &mut self,
         ingress: IngressId,
         (client, target): (SocketAddr, SocketAddr),
-        segment: &TcpView<'_>,
+        (view, segment): (&PacketView<'_>, &TcpView<'_>),
         world: &mut dyn World,
     ) -> Judgement {
         let Decision { action, rule } = self.policy.decide(ingress, Protocol::Tcp, client, target);
@@ -126,14 +130,19 @@ impl Engine {
             rule,
         });
         self.tell_name(id, (ingress, client, target), world);
-        let open = Open {
-            ingress,
-            protocol: Protocol::Tcp,
-            client,
-            target: connect_to,
-            egress,
-        };
-        world.upstream(id, UpstreamCommand::Open(open));
+        // What is asked of a name server is listened to.
+        if self.config.bypass && action == Action::Direct && target.port() != dns::PORT {
+            self.begin_bypass(id, (view, segment), world);
+        } else {
+            let open = Open {
+                ingress,
+                protocol: Protocol::Tcp,
+                client,
+                target: connect_to,
+                egress,
+            };
+            world.upstream(id, UpstreamCommand::Open(open));
+        }
         if let Some(Flow::Tcp(flow)) = self.flows.get_mut(id) {
             mark_dirty(&mut self.dirty, id, flow);
         }
@@ -188,6 +197,9 @@ impl Engine {
         let Some(Flow::Tcp(flow)) = self.flows.get_mut(id) else {
             return;
         };
+        if flow.is_bypassed() {
+            return; // it has no upstream
+        }
         let is_connecting = flow.is_connecting();
         match event {
             UpstreamEvent::Connected if is_connecting => {
@@ -266,6 +278,10 @@ impl Engine {
         let Some(Flow::Tcp(flow)) = self.flows.get_mut(id) else {
             return Room::Some;
         };
+        if flow.is_bypassed() {
+            self.turn_bypassed(id, world);
+            return Room::Some;
+        }
         flow.dirty = false;
         let mut cx = Context {
             now: self.now,
@@ -296,8 +312,7 @@ impl Engine {
             Turn::Lingering(until) => {
                 self.timers.schedule(&mut flow.queued, id, until, WakeReason::Tcp);
                 self.account_end(id, CloseReason::Finished, world);
-                let lingering = self.flows.len() - self.sessions.len() - self.tcp_flows;
-                if lingering > self.config.limits.flows as usize {
+                if self.is_crowded() {
                     self.flows.remove(id);
                 }
             }
@@ -309,11 +324,21 @@ impl Engine {
         Room::Some
     }
 
+    /// Whether more flows linger behind their ends than may be open.
+    pub(super) fn is_crowded(&self) -> bool {
+        let lingering = self.flows.len() - self.sessions.len() - self.tcp_flows;
+        lingering > self.config.limits.flows as usize
+    }
+
     /// Sends a TCP flow's client what its window takes and an RST, or nothing if `silent`. For other flows, nothing.
     pub(super) fn abort_tcp(&mut self, id: FlowId, silent: bool, world: &mut dyn World) {
         let Some(Flow::Tcp(flow)) = self.flows.get_mut(id) else {
             return;
         };
+        if let Some(bypass) = flow.bypass_mut() {
+            bypass.silent = silent; // its client is told when the kernel has forgotten it
+            return;
+        }
         if flow.is_connecting() && !silent {
             flow.refusal().send(flow.ingress, Some(id), world);
         }

@@ -24,6 +24,7 @@ pub use decode::Decoder;
 pub use record::Recorded;
 
 use crate::addr::{FlowId, IngressId, ShardId};
+use crate::bypass::BypassNews;
 use crate::config::Config;
 use crate::dns::Learned;
 use crate::engine::Engine;
@@ -34,7 +35,7 @@ use crate::time::Timestamp;
 /// What every journal starts with.
 pub const MAGIC: &[u8; 15] = b"tungate-journal";
 /// The version that is written, and the only one that is read.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 const PREAMBLE_LEN: usize = MAGIC.len() + size_of::<u32>();
 /// Length and checksum.
@@ -91,6 +92,9 @@ pub enum Call<'a> {
     },
     /// [`Engine::handle`] with [`Input::Upstream`](crate::io::Input::Upstream).
     Upstream(FlowId, #[serde(borrow)] UpstreamEvent<'a>),
+    /// [`Engine::handle`] with [`Input::Bypass`](crate::io::Input::Bypass): all that is known of a flow that the kernel has
+    /// carried.
+    Bypass(BypassNews),
     /// [`Engine::handle`] with [`Input::Wakeup`](crate::io::Input::Wakeup).
     Wakeup,
     /// [`Engine::handle`] with [`Input::Policy`](crate::io::Input::Policy).

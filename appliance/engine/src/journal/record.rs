@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::{Call, Entry, encode_block};
 use crate::addr::{FlowId, ShardId};
+use crate::bypass::{BypassOrder, Ends};
 use crate::dns::Learned;
 use crate::engine::Engine;
 use crate::event::Event;
@@ -45,6 +46,7 @@ impl Entry<'_> {
                 reassembled,
             })),
             &Call::Upstream(flow, event) => handle(Input::Upstream(flow, event)),
+            &Call::Bypass(news) => handle(Input::Bypass(news)),
             Call::Wakeup => handle(Input::Wakeup),
             Call::Policy(spec) => handle(Input::Policy(Arc::new(Policy::new(spec.as_ref().clone())))),
             &Call::WallClock(offset) => handle(Input::WallClock(offset)),
@@ -115,6 +117,7 @@ impl<S: FnMut(&[u8])> Recorded<S> {
                 bytes,
             },
             &Input::Upstream(flow, event) => Call::Upstream(flow, event),
+            &Input::Bypass(news) => Call::Bypass(news),
             Input::Wakeup => Call::Wakeup,
             Input::Policy(new) => {
                 policy = Arc::clone(new);
@@ -252,6 +255,10 @@ impl<S: FnMut(&[u8])> World for Watched<'_, S> {
         taken
     }
 
+    fn bypass(&mut self, flow: FlowId, ends: Ends, order: BypassOrder) {
+        self.world.bypass(flow, ends, order);
+    }
+
     fn event(&mut self, event: &Event) {
         self.world.event(event);
     }
@@ -304,6 +311,10 @@ impl World for Repeated<'_> {
         let taken = bytes.len().min(self.taken as usize);
         self.world.offer(flow, &bytes[..taken]);
         taken
+    }
+
+    fn bypass(&mut self, flow: FlowId, ends: Ends, order: BypassOrder) {
+        self.world.bypass(flow, ends, order);
     }
 
     fn event(&mut self, event: &Event) {

@@ -52,7 +52,7 @@ impl TcpFlow {
                 }
                 None
             }
-            Phase::Reset(_) | Phase::Ended(_) => Some(DropReason::NoFlow),
+            Phase::Reset(_) | Phase::Bypassed(_) | Phase::Ended(_) => Some(DropReason::NoFlow),
             Phase::Live(_) => self.handle_while_live(id, segment, cx),
         }
     }

@@ -26,6 +26,7 @@
 //! something unacknowledged. TIME-WAIT needs no stack: the flow remembers two sequence numbers for ten seconds.
 
 pub(crate) mod arena;
+pub(crate) mod bypass;
 mod delay;
 mod gaps;
 mod ingress;
@@ -42,6 +43,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use self::arena::Arena;
+use self::bypass::Bypass;
 use self::segment::{Control, Fields, Syn, SynPacket};
 use self::stack::{Setup, Stack};
 use crate::addr::{FlowId, IngressId};
@@ -132,6 +134,8 @@ enum Phase {
     /// The upstream is being connected.
     Connecting,
     Live(Box<Stack>),
+    /// The kernel carries it.
+    Bypassed(Box<Bypass>),
     /// The client has reset the connection; bytes it sent before are still to be read.
     Reset(Box<Stack>),
     /// Ended, but for a client that repeats its FIN.
@@ -253,12 +257,45 @@ impl TcpFlow {
 
     /// Whether its upstream is still being connected.
     pub(crate) fn is_connecting(&self) -> bool {
-        matches!(self.phase, Phase::Connecting)
+        match &self.phase {
+            Phase::Connecting => true,
+            Phase::Bypassed(bypass) => bypass.stage == bypass::Stage::Connecting,
+            Phase::Live(_) | Phase::Reset(_) | Phase::TimeWait { .. } | Phase::Ended(_) => false,
+        }
+    }
+
+    /// Leaves the flow, which has just begun, to the kernel.
+    pub(crate) fn bypass(&mut self, syn_len: u8, now: Timestamp) {
+        self.phase = Phase::Bypassed(Box::new(Bypass::new(syn_len, now)));
+        self.upstream = Upstream::Gone;
+    }
+
+    /// Whether the kernel carries it.
+    #[inline]
+    pub(crate) fn is_bypassed(&self) -> bool {
+        matches!(self.phase, Phase::Bypassed(_))
+    }
+
+    /// What is known of it if the kernel carries it.
+    pub(crate) fn bypass_mut(&mut self) -> Option<&mut Bypass> {
+        match &mut self.phase {
+            Phase::Bypassed(bypass) => Some(bypass),
+            _ => None,
+        }
+    }
+
+    /// The number of the client's SYN.
+    pub(crate) fn initial_sequence(&self) -> u32 {
+        self.syn.sequence
     }
 
     /// Whether only the memory of it is left.
     pub(crate) fn is_time_wait(&self) -> bool {
-        matches!(self.phase, Phase::TimeWait { .. })
+        match &self.phase {
+            Phase::TimeWait { .. } => true,
+            Phase::Bypassed(bypass) => bypass.has_ended(),
+            Phase::Connecting | Phase::Live(_) | Phase::Reset(_) | Phase::Ended(_) => false,
+        }
     }
 
     /// Whether this SYN asks for another connection than the one this flow stands for, so that this flow has to go. Its
@@ -268,13 +305,14 @@ impl TcpFlow {
             Phase::Connecting | Phase::TimeWait { .. } | Phase::Reset(_) | Phase::Ended(_) => {
                 segment.sequence != self.syn.sequence
             }
-            Phase::Live(_) => false,
+            Phase::Live(_) | Phase::Bypassed(_) => false,
         }
     }
 
     /// How far it has come; `None` when it has ended, but for its TIME-WAIT.
     pub(crate) fn progress(&self) -> Option<Progress> {
         let stage = match (&self.phase, self.upstream) {
+            (Phase::Bypassed(bypass), _) => bypass.progressed()?,
             (Phase::TimeWait { .. } | Phase::Ended(_), _) => return None,
             (Phase::Connecting, _) => Stage::Connecting,
             (Phase::Live(_), _) if !self.established => Stage::Handshake,
@@ -320,6 +358,7 @@ impl TcpFlow {
     /// Bytes that the upstream was given, and bytes that the client has acknowledged.
     pub(crate) fn delivered(&self) -> (u64, u64) {
         let queued = match &self.phase {
+            Phase::Bypassed(bypass) => return bypass.delivered(self.syn.sequence),
             Phase::Live(stack) | Phase::Reset(stack) => stack.send_queue() as u64,
             Phase::Connecting | Phase::TimeWait { .. } | Phase::Ended(_) => 0,
         };
@@ -330,7 +369,7 @@ impl TcpFlow {
     pub(crate) fn release(self, arena: &mut Arena) {
         match self.phase {
             Phase::Live(stack) | Phase::Reset(stack) => arena.give_back(stack.into_rings()),
-            Phase::Connecting | Phase::TimeWait { .. } | Phase::Ended(_) => {}
+            Phase::Connecting | Phase::Bypassed(_) | Phase::TimeWait { .. } | Phase::Ended(_) => {}
         }
     }
 
@@ -338,7 +377,7 @@ impl TcpFlow {
 
     /// The upstream is connected: answers the SYN. `false` if there is no memory for it.
     pub(crate) fn handle_connected(&mut self, id: FlowId, cx: &mut Context<'_>) -> bool {
-        if !self.is_connecting() {
+        if !matches!(self.phase, Phase::Connecting) {
             return true;
         }
         let receive = buffer_size(cx.flows, cx.config);

@@ -13,7 +13,7 @@ pub(super) const TCP_HEADER_LEN: usize = 20;
 pub(super) const HEADERS_MAX: usize = 40 + TCP_HEADER_LEN;
 
 /// Where the checksum is in a TCP header.
-pub(super) const TCP_CHECKSUM_OFFSET: u16 = 16;
+pub(crate) const TCP_CHECKSUM_OFFSET: u16 = 16;
 
 const PROTOCOL_TCP: u8 = 6;
 

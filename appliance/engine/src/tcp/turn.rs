@@ -24,7 +24,11 @@ impl TcpFlow {
     pub(crate) fn ack_due(&self) -> Option<Timestamp> {
         match &self.phase {
             Phase::Live(stack) => stack.ack_due(),
-            Phase::Connecting | Phase::TimeWait { .. } | Phase::Reset(_) | Phase::Ended(_) => None,
+            Phase::Connecting
+            | Phase::Bypassed(_)
+            | Phase::TimeWait { .. }
+            | Phase::Reset(_)
+            | Phase::Ended(_) => None,
         }
     }
 
@@ -45,6 +49,7 @@ impl TcpFlow {
         match &mut self.phase {
             Phase::Connecting => Turn::Rest(self.since + cx.config.timeouts.connect),
             Phase::TimeWait { until, .. } => Turn::Rest(*until),
+            Phase::Bypassed(_) => unreachable!("its turns are others"),
             &mut Phase::Ended(reason) => {
                 self.abort_upstream(id, cx.world);
                 Turn::Ended(reason)
@@ -173,6 +178,7 @@ impl TcpFlow {
             Phase::TimeWait { until, .. } => (*until, CloseReason::Finished),
             Phase::Reset(_) => (self.since + RESET_LINGER, CloseReason::ClientReset),
             Phase::Ended(reason) => (Timestamp::MAX, *reason),
+            Phase::Bypassed(_) => unreachable!("it has its own limits"),
             Phase::Live(_) if !self.established => {
                 (self.since + timeouts.handshake, CloseReason::HandshakeTimeout)
             }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use etherparse::{PacketBuilder, TcpHeader, TcpOptionElement};
+use tungate_engine::bypass::{BypassOrder, Ends};
 use tungate_engine::dns::Learned;
 use tungate_engine::io::{Carriage, ChecksumState, Open, PacketOut, UpstreamCommand, UpstreamEvent};
 use tungate_engine::packet::{PacketView, TcpView, Transport, segments};
@@ -52,6 +53,7 @@ pub struct Recorder {
     pub packets: Vec<(PacketOut, Vec<u8>)>,
     pub commands: Vec<(FlowId, Command)>,
     pub events: Vec<Event>,
+    pub orders: Vec<BypassOrder>,
     pub forwarded: Vec<(ShardId, Vec<u8>)>,
     /// Whether each of them had come in fragments.
     pub forwarded_reassembled: Vec<bool>,
@@ -116,6 +118,10 @@ impl World for Recorder {
         self.appetite -= taken;
         self.passed.extend_from_slice(&bytes[..taken]);
         taken
+    }
+
+    fn bypass(&mut self, _: FlowId, _: Ends, order: BypassOrder) {
+        self.orders.push(order);
     }
 
     fn event(&mut self, event: &Event) {

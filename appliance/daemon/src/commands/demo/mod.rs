@@ -66,6 +66,7 @@ fn perform(screen: &Screen) -> Result<bool> {
         egresses: egresses.clone(),
         dialer: Dialer::new(runtime.handle().clone()),
         device,
+        bypass: None,
         journal: None,
     })
     .context("cannot start the driver")?;

@@ -55,6 +55,11 @@ fn complain(error: &anyhow::Error) {
 
 fn exec(arguments: &cli::Exec) -> Result<ExitCode> {
     let mut loaded = configuration(arguments.policy.config.as_deref())?;
+    if loaded.engine.bypass {
+        bail!(
+            "bypass.enabled is for `tungate run --from INTERFACE`: leave it out of the configuration for `exec`"
+        );
+    }
     let configured = arguments.resolver.or(loaded.policy.resolver);
     let resolver = Resolver::find(configured, &loaded.engine);
     loaded.policy.rules.splice(0..0, resolver.rules.clone());
@@ -154,6 +159,7 @@ impl Outside {
             egresses: egresses.clone(),
             dialer: Dialer::new(runtime),
             device,
+            bypass: None,
             journal: self.journal,
         })
         .context("cannot start the driver")?;
