@@ -27,6 +27,8 @@ pub(super) enum Contender {
     Relay,
     /// This project
     Tungate,
+    /// This project with `[bypass]`, which leaves flows to the kernel
+    Bypass,
     /// tun2proxy, a TUN device to SOCKS5
     Tun2proxy,
     /// shadowsocks-rust's sslocal with a TUN device, all bypassing its servers
@@ -45,15 +47,20 @@ impl Contender {
         value.get_name().to_owned()
     }
 
+    /// Whether it is this project.
+    pub(super) fn is_ours(self) -> bool {
+        matches!(self, Self::Tungate | Self::Bypass)
+    }
+
     /// Whether it is neither this project nor one of the references.
     pub(super) fn is_rival(self) -> bool {
-        !matches!(self, Self::Plain | Self::Relay | Self::Tungate)
+        !self.is_ours() && !matches!(self, Self::Plain | Self::Relay)
     }
 
     /// The program of a rival.
     fn program_name(self) -> Option<&'static str> {
         match self {
-            Self::Plain | Self::Relay | Self::Tungate => None,
+            Self::Plain | Self::Relay | Self::Tungate | Self::Bypass => None,
             Self::Tun2proxy => Some("tun2proxy-bin"),
             Self::Sslocal => Some("sslocal"),
             Self::Pasta => Some("pasta"),
@@ -73,7 +80,7 @@ impl Contender {
         match self {
             Self::Tungate => true,
             Self::Plain => !scenario.is_socks(),
-            Self::Relay => !scenario.is_socks() && scenario.place() == Place::Router,
+            Self::Relay | Self::Bypass => !scenario.is_socks() && scenario.place() == Place::Router,
             Self::Tun2proxy => scenario.is_socks(),
             Self::Sslocal => !scenario.is_socks() && !scenario.is_ipv6(),
             Self::Pasta => matches!(scenario, Scenario::Local | Scenario::LocalIpv6),
@@ -99,7 +106,8 @@ impl Contender {
         match self {
             Self::Plain => Ok(Vec::new()),
             Self::Relay => relay(stage),
-            Self::Tungate => tungate(stage),
+            Self::Tungate => tungate(stage, false),
+            Self::Bypass => tungate(stage, true),
             Self::Tun2proxy => self.tun2proxy(stage),
             Self::Sslocal => self.sslocal(stage),
             Self::Pasta => self.pasta(stage),
@@ -222,18 +230,22 @@ impl Programs {
     }
 }
 
-fn tungate(stage: &Stage<'_>) -> Result<Vec<Process>> {
+fn tungate(stage: &Stage<'_>, bypass: bool) -> Result<Vec<Process>> {
     let mut command = stage.appliance.command(&stage.tools.tungate);
     command.arg("run");
     if stage.is_routed() {
         command.args(["--from", DOWNLINK]);
     }
-    if stage.scenario.is_socks() {
-        let configuration = stage.tools.scratch.join("tungate.toml");
-        let text = format!(
+    let text = if stage.scenario.is_socks() {
+        Some(format!(
             "[[egress]]\nname = \"proxy\"\nkind = \"socks5\"\naddress = \"{SERVER_V4}:{SOCKS}\"\n
 [[rule]]\naction = \"egress\"\negress = \"proxy\"\n"
-        );
+        ))
+    } else {
+        bypass.then(|| "[bypass]\nenabled = true\n".to_owned())
+    };
+    if let Some(text) = text {
+        let configuration = stage.tools.scratch.join("tungate.toml");
         fs::write(&configuration, text).context("cannot write a configuration")?;
         command.arg("--config").arg(configuration);
     }

@@ -126,7 +126,7 @@ pub(super) fn run(workspace: &Workspace, options: &Options) -> Result<()> {
     let scratch = TempDir::new_in(folder(workspace)?).context("cannot make a temporary folder")?;
     let tools = Tools {
         load: workspace.executable(&["build", "--release", "--package=tungate-load"])?,
-        tungate: if plan.contenders.contains(&Contender::Tungate) {
+        tungate: if plan.contenders.iter().any(|one| one.is_ours()) {
             workspace.executable(&["build", "--release", "--package=tungate", "--bin=tungate"])?
         } else {
             PathBuf::new()
@@ -224,7 +224,10 @@ impl Plan {
                 &[Contender::Plain, Contender::Relay, Contender::Tungate],
             )
         } else {
-            chosen(&options.contenders, Contender::value_variants())
+            // The bypass is another configuration: it is measured where it is asked for.
+            let usual = Contender::value_variants().iter().copied();
+            let usual: Vec<_> = usual.filter(|one| *one != Contender::Bypass).collect();
+            chosen(&options.contenders, &usual)
         };
         let (contenders, absent) = wanted
             .into_iter()
