@@ -40,21 +40,7 @@ struct Site {
 impl Site {
     fn new() -> Self {
         let lab = Lab::new();
-        let client = Namespace::new();
-        lab.host.ip(&format!(
-            "link add clients type veth peer name lan netns {}",
-            client.pid()
-        ));
-        for (namespace, device, v4, v6) in [
-            (&lab.host, "clients", "10.50.0.1/24", "fd50::1/64"),
-            (&client, "lan", "10.50.0.2/24", "fd50::2/64"),
-        ] {
-            namespace.ip(&format!("address add {v4} dev {device}"));
-            namespace.ip(&format!("address add {v6} dev {device} nodad"));
-            namespace.ip(&format!("link set {device} up"));
-        }
-        client.ip("-4 route add default via 10.50.0.1");
-        client.ip("-6 route add default via fd50::1");
+        let client = lab.routed_client();
         // The server is a router, too, and has no way to these.
         lab.server.enter(|| {
             for version in ["ipv4", "ipv6"] {

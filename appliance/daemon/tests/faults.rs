@@ -101,19 +101,7 @@ fn a_client_that_is_cut_off_is_given_up() {
         return;
     }
     let lab = Lab::new();
-    let client = Namespace::new();
-    lab.host.ip(&format!(
-        "link add clients type veth peer name lan netns {}",
-        client.pid()
-    ));
-    for (namespace, device, address) in [
-        (&lab.host, "clients", "10.50.0.1/24"),
-        (&client, "lan", "10.50.0.2/24"),
-    ] {
-        namespace.ip(&format!("address add {address} dev {device}"));
-        namespace.ip(&format!("link set {device} up"));
-    }
-    client.ip("-4 route add default via 10.50.0.1");
+    let client = lab.routed_client();
     let directory = tempfile::tempdir().unwrap();
     let configuration = file(
         directory.path(),

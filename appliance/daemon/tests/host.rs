@@ -122,21 +122,7 @@ fn clients_behind_an_interface_are_relayed_and_the_host_is_not() {
         return;
     }
     let lab = Lab::new();
-    let client = Namespace::new();
-    lab.host.ip(&format!(
-        "link add clients type veth peer name lan netns {}",
-        client.pid()
-    ));
-    for (namespace, device, v4, v6) in [
-        (&lab.host, "clients", "10.50.0.1/24", "fd50::1/64"),
-        (&client, "lan", "10.50.0.2/24", "fd50::2/64"),
-    ] {
-        namespace.ip(&format!("address add {v4} dev {device}"));
-        namespace.ip(&format!("address add {v6} dev {device} nodad"));
-        namespace.ip(&format!("link set {device} up"));
-    }
-    client.ip("-4 route add default via 10.50.0.1");
-    client.ip("-6 route add default via fd50::1");
+    let client = lab.routed_client();
     let before = lab.host.state();
     let appliance = Appliance::start(&lab.host, &["--from", "clients"]);
     // The server has no route to the clients: it sees the appliance.

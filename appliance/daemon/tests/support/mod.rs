@@ -237,6 +237,26 @@ impl Lab {
         Self { host, server }
     }
 
+    /// A client behind the host's interface `clients`, which is its way to everything.
+    pub fn routed_client(&self) -> Namespace {
+        let client = Namespace::new();
+        self.host.ip(&format!(
+            "link add clients type veth peer name lan netns {}",
+            client.pid()
+        ));
+        for (namespace, device, v4, v6) in [
+            (&self.host, "clients", "10.50.0.1/24", "fd50::1/64"),
+            (&client, "lan", "10.50.0.2/24", "fd50::2/64"),
+        ] {
+            namespace.ip(&format!("address add {v4} dev {device}"));
+            namespace.ip(&format!("address add {v6} dev {device} nodad"));
+            namespace.ip(&format!("link set {device} up"));
+        }
+        client.ip("-4 route add default via 10.50.0.1");
+        client.ip("-6 route add default via fd50::1");
+        client
+    }
+
     /// An appliance that captures what the host sends.
     pub fn appliance(&self, arguments: &[&str]) -> Appliance {
         Appliance::start(&self.host, arguments)
