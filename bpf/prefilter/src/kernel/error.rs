@@ -209,3 +209,8 @@ fn last_lines(text: &str, count: usize) -> String {
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(count)..].join("\n")
 }
+
+/// Makes an error of the system's into what has failed because of it.
+pub(super) fn failed(action: &'static str) -> impl Fn(io::Error) -> KernelError {
+    move |error| KernelError::new(action, error)
+}

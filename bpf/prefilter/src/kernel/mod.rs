@@ -8,32 +8,30 @@
 
 mod attach;
 mod error;
+mod maps;
 mod sys;
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
-use aya::maps::{Map, MapData, MapError, RingBuf};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::{TestRun, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader};
-use aya_obj::generated::bpf_map_type;
 use aya_obj::programs::XdpAttachType;
 use rustix::process::{Resource, Rlimit, setrlimit};
-use tungate_bpf_abi::{Cell, Count, Event, Group, Key4, Key6, REASONS, Reason, SLOTS, Settings, map};
+use tungate_bpf_abi::{Cell, Count, Event, Group, Key6, REASONS, Reason, SLOTS, Settings, map};
 
 pub use self::attach::{Attached, Mode, Wanted, is_attached, remove_pinned};
 pub use self::error::KernelError;
+use self::error::failed;
+use self::maps::{Inner, Maps, PARTS, Part};
 use crate::backend::{Action, Backend, Outcome, Sampling};
 use crate::error::Error;
 use crate::object::{OBJECT, PROGRAM};
 use crate::prefilter::Prefilter;
-use crate::tables::{Image, Patch, Room};
-
-/// Inner arrays may differ in size.
-const BPF_F_INNER_MAP: u32 = 1 << 12;
+use crate::tables::{Image, Patch};
 
 /// Shortest frame a single run takes.
 const FRAME_MIN: usize = 14;
@@ -102,37 +100,6 @@ impl fmt::Debug for Kernel {
             .field("link", link)
             .finish_non_exhaustive()
     }
-}
-
-struct Maps {
-    active: MapData,
-    settings: MapData,
-    /// What the slots hold, by [`Part`]: arrays of maps.
-    parts: [MapData; PARTS.len()],
-    local: MapData,
-    reasons: MapData,
-    rules: MapData,
-    events: RingBuf<MapData>,
-}
-
-/// A kind of inner map.
-#[derive(Clone, Copy)]
-enum Part {
-    Groups4,
-    Groups6,
-    Cells,
-}
-
-const PARTS: [Part; 3] = [Part::Groups4, Part::Groups6, Part::Cells];
-
-/// An inner map.
-struct Inner {
-    map: MapData,
-    part: Part,
-    /// How many elements it has room for.
-    room: u32,
-    /// Whether nothing has been written to it.
-    is_empty: bool,
 }
 
 /// Inner maps with more room than this are not kept once their generation is over.
@@ -624,146 +591,6 @@ impl Program {
             Self::Pinned(program) => program,
         }
     }
-}
-
-impl Maps {
-    fn take(ebpf: &mut Ebpf) -> Result<Self, KernelError> {
-        Self::from(|name| {
-            Ok(ebpf
-                .take_map(name)
-                .expect("the object's maps are checked by a test"))
-        })
-    }
-
-    /// Opens maps that are pinned by their names.
-    fn open(folder: &Path) -> Result<Self, KernelError> {
-        Self::from(|name| MapData::from_pin(folder.join(name)).and_then(Map::from_map_data))
-    }
-
-    fn from(mut map: impl FnMut(&str) -> Result<Map, MapError>) -> Result<Self, KernelError> {
-        let failed = |error| KernelError::map("cannot open a map", error);
-        let mut plain = |name: &str| match map(name).map_err(failed)? {
-            Map::Array(map) | Map::HashMap(map) | Map::PerCpuArray(map) | Map::ArrayOfMaps(map) => Ok(map),
-            other => unreachable!("the object's maps are checked by a test, and {other:?} is not among them"),
-        };
-        Ok(Self {
-            active: plain(map::ACTIVE)?,
-            settings: plain(map::SETTINGS)?,
-            parts: [plain(map::GROUPS4)?, plain(map::GROUPS6)?, plain(map::CELLS)?],
-            local: plain(map::LOCAL)?,
-            reasons: plain(map::REASONS)?,
-            rules: plain(map::RULES)?,
-            events: map(map::EVENTS).and_then(RingBuf::try_from).map_err(failed)?,
-        })
-    }
-
-    fn by_name(&self) -> [(&'static str, BorrowedFd<'_>); 9] {
-        let [groups4, groups6, cells] = &self.parts;
-        let plain = [
-            (map::ACTIVE, &self.active),
-            (map::SETTINGS, &self.settings),
-            (map::GROUPS4, groups4),
-            (map::GROUPS6, groups6),
-            (map::CELLS, cells),
-            (map::LOCAL, &self.local),
-            (map::REASONS, &self.reasons),
-            (map::RULES, &self.rules),
-        ];
-        let mut all = [(map::EVENTS, self.events.as_fd()); 9];
-        for (named, (name, map)) in all.iter_mut().zip(plain) {
-            *named = (name, map.fd().as_fd());
-        }
-        all
-    }
-
-    /// Puts an inner map into its slot.
-    fn set(&self, slot: u32, inner: &Inner) -> std::io::Result<()> {
-        let outer = self.parts[inner.part as usize].fd().as_fd();
-        let descriptor = inner.map.fd().as_fd().as_raw_fd();
-        sys::update(outer, &slot.to_le_bytes(), &descriptor.to_le_bytes())
-    }
-}
-
-impl Part {
-    /// What its elements are, for messages.
-    fn what(self) -> &'static str {
-        match self {
-            Self::Groups4 => "IPv4 prefixes",
-            Self::Groups6 => "IPv6 prefixes",
-            Self::Cells => "port tables",
-        }
-    }
-}
-
-impl Inner {
-    /// A map with as much room as empty lists ask for.
-    fn empty(part: Part) -> Result<Self, KernelError> {
-        let Room {
-            groups4,
-            groups6,
-            cells,
-            ..
-        } = Room::EMPTY;
-        match part {
-            Part::Groups4 => Self::new(part, groups4),
-            Part::Groups6 => Self::new(part, groups6),
-            Part::Cells => Self::new(part, cells),
-        }
-    }
-
-    /// The map that is in `slot`, whatever it holds.
-    fn of_slot(maps: &Maps, slot: u32, part: Part) -> Result<Self, KernelError> {
-        let mut id = [0; 4];
-        sys::lookup(
-            maps.parts[part as usize].fd().as_fd(),
-            &slot.to_le_bytes(),
-            &mut id,
-        )
-        .map_err(failed("cannot read a slot"))?;
-        let opened =
-            MapData::from_id(u32::from_le_bytes(id)).and_then(|map| Ok((map.info()?.max_entries(), map)));
-        let (room, map) = opened.map_err(|error| KernelError::map("cannot open a slot's map", error))?;
-        Ok(Self {
-            map,
-            part,
-            room,
-            is_empty: false,
-        })
-    }
-
-    fn new(part: Part, room: u32) -> Result<Self, KernelError> {
-        use bpf_map_type::{BPF_MAP_TYPE_ARRAY, BPF_MAP_TYPE_HASH};
-        let (kind, key, value, flags) = match part {
-            Part::Groups4 => (BPF_MAP_TYPE_HASH, size_of::<Key4>(), size_of::<Group>(), 0),
-            Part::Groups6 => (BPF_MAP_TYPE_HASH, size_of::<Key6>(), size_of::<Group>(), 0),
-            Part::Cells => (
-                BPF_MAP_TYPE_ARRAY,
-                size_of::<u32>(),
-                size_of::<Cell>(),
-                BPF_F_INNER_MAP,
-            ),
-        };
-        let what = part.what();
-        let definition = aya_obj::Map::new_from_params(kind as u32, key as u32, value as u32, room, flags);
-        let map = MapData::create(definition, "tungate", None).map_err(|error| {
-            match KernelError::map(&format!("cannot create the map of {what}"), error) {
-                KernelError::Io { error, .. } if error.raw_os_error() == Some(libc::ENOMEM) => {
-                    KernelError::NoMemory { what, elements: room }
-                }
-                other => other,
-            }
-        })?;
-        Ok(Self {
-            map,
-            part,
-            room,
-            is_empty: true,
-        })
-    }
-}
-
-fn failed(action: &'static str) -> impl Fn(std::io::Error) -> KernelError {
-    move |error| KernelError::new(action, error)
 }
 
 /// Bytes of a [`Count`] for every CPU.
