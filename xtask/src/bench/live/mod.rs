@@ -185,7 +185,7 @@ fn install_rivals(workspace: &Workspace, root: &Path) -> Result<()> {
             "shadowsocks-rust",
             &[
                 "--no-default-features",
-                "--features=local,local-tun",
+                "--features=local,local-tun,aead-cipher",
                 "--bin=sslocal",
             ],
         ),
