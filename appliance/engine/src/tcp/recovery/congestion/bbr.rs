@@ -67,7 +67,7 @@ const CRUISE_ROUNDS_MAX: u64 = 63;
 const RIVAL_QUEUE: u64 = 100;
 const RIVAL_QUEUE_SEGMENTS: u64 = 3;
 const RIVAL_QUEUE_MIN: Duration = Duration::from_micros(500);
-/// What our own probe leaves has gone after so many rounds.
+/// What our own probe leaves has gone after so many rounds, or more where it is long for the path.
 const OWN_QUEUE_ROUNDS: u64 = 5;
 /// So many rounds with losses, but no queue, show that there is no rival.
 const RIVAL_DOUBTS: u32 = 3;
@@ -107,6 +107,8 @@ pub(super) struct Bbr {
     is_full: bool,
     cycle_since: Timestamp,
     cycle_rounds: u64,
+    /// Rounds for which the queue after a probe may be our own.
+    own_queue_rounds: u64,
     /// Loss of the path itself, in thousandths times 8.
     usual_loss: u64,
     bunching: Bunching,
@@ -161,6 +163,7 @@ impl Bbr {
             is_full: false,
             cycle_since: now,
             cycle_rounds: 0,
+            own_queue_rounds: OWN_QUEUE_ROUNDS,
             usual_loss: 0,
             bunching: Bunching {
                 since: now,
@@ -321,11 +324,18 @@ impl Bbr {
         }
     }
 
-    fn enter(&mut self, state: State, now: Timestamp) {
+    fn enter(&mut self, state: State, sample: &Sample) {
+        let now = sample.now;
         match state {
             State::Down => {
                 self.cycle_since = now;
                 self.cycle_rounds = 0;
+                // In a round there drains of it what the pace is below the bandwidth.
+                let (queue, drained) = (
+                    sample.in_flight.saturating_sub(self.product(1000)),
+                    self.product(1000 - DOWN_PACING),
+                );
+                self.own_queue_rounds = (queue / drained.max(1)).max(OWN_QUEUE_ROUNDS);
             }
             State::Refill => {
                 self.bandwidth_low = u64::MAX;
@@ -352,30 +362,30 @@ impl Bbr {
         match self.state {
             State::Startup => {
                 if self.is_full {
-                    self.enter(State::Drain, now);
+                    self.enter(State::Drain, sample);
                 }
             }
             State::Drain => {
                 if sample.in_flight <= self.product(1000) {
-                    self.enter(State::Down, now);
+                    self.enter(State::Down, sample);
                 }
             }
             State::Down => {
                 let room = self.in_flight_high / 1000 * HEADROOM;
                 if sample.in_flight <= self.product(1000).min(room.max(self.window_least())) {
-                    self.enter(State::Cruise, now);
+                    self.enter(State::Cruise, sample);
                 } else if self.is_time_to_probe(now) {
-                    self.enter(State::Refill, now);
+                    self.enter(State::Refill, sample);
                 }
             }
             State::Cruise => {
                 if self.is_time_to_probe(now) {
-                    self.enter(State::Refill, now);
+                    self.enter(State::Refill, sample);
                 }
             }
             State::Refill => {
                 if self.cycle_rounds >= 2 {
-                    self.enter(State::Up, now);
+                    self.enter(State::Up, sample);
                 }
             }
             State::Up => self.update_while_up(sample),
@@ -388,13 +398,13 @@ impl Bbr {
                     self.rtt_minimum = self.rtt_minimum.map(|(rtt, _)| (rtt, now));
                     self.window = self.window.max(self.kept_window);
                     self.kept_window = 0;
-                    self.enter(if self.is_full { State::Down } else { State::Startup }, now);
+                    self.enter(if self.is_full { State::Down } else { State::Startup }, sample);
                 }
                 None | Some(_) => {}
             },
         }
         if !matches!(self.state, State::ProbeRtt { .. }) && self.is_rtt_stale(now) {
-            self.enter(State::ProbeRtt { until: None }, now);
+            self.enter(State::ProbeRtt { until: None }, sample);
         }
     }
 
@@ -410,7 +420,7 @@ impl Bbr {
             self.in_flight_high = sample
                 .in_flight_before
                 .max(target / 1000 * DECREASE + self.held_back());
-            self.enter(State::Down, sample.now);
+            self.enter(State::Down, sample);
             return;
         }
         // The ceiling has held without loss: it was too low.
@@ -422,9 +432,9 @@ impl Bbr {
         let rtt = self.rtt_minimum.map_or(Duration::ZERO, |(rtt, _)| rtt);
         let had_time = sample.now.since(self.cycle_since) >= rtt && self.cycle_rounds >= 2 && self.full.1 > 0;
         if had_time && sample.in_flight_before >= self.product(UP_PACING) {
-            self.enter(State::Down, sample.now);
+            self.enter(State::Down, sample);
         } else if self.full.1 >= UP_ROUNDS_MAX {
-            self.enter(State::Down, sample.now); // the application does not fill the path
+            self.enter(State::Down, sample); // the application does not fill the path
         }
     }
 
@@ -452,7 +462,7 @@ impl Bbr {
             return;
         }
         let may_be_ours =
-            self.cycle_rounds < OWN_QUEUE_ROUNDS || !matches!(self.state, State::Cruise | State::Down);
+            self.cycle_rounds < self.own_queue_rounds || !matches!(self.state, State::Cruise | State::Down);
         let is_long = self.is_queue_long(sample);
         if self.rival.is_none() && (may_be_ours || !is_long) {
             return;
