@@ -111,7 +111,11 @@ impl TcpFlow {
                 Control::reset_for(self.client, self.target, segment).send(self.ingress, None, cx.world);
                 return Some(DropReason::SplitHandshake);
             }
-            self.send_challenge_ack(cx);
+            if !self.established && segment.sequence == self.syn.sequence {
+                stack.repeat_syn_ack(cx.now); // it has not arrived, or not in time
+            } else {
+                self.send_challenge_ack(cx);
+            }
             return None;
         }
         let Some(sent) = stack.sent() else {

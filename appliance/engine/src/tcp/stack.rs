@@ -343,6 +343,11 @@ impl Stack {
         }
     }
 
+    /// Has the next turn send the SYN-ACK again, as long as the client has not answered it.
+    pub(super) fn repeat_syn_ack(&mut self, now: Timestamp) {
+        self.handshake.due = now;
+    }
+
     fn send_syn_ack(&mut self, world: &mut dyn World) {
         let Self {
             syn,

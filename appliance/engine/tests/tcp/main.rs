@@ -58,6 +58,32 @@ fn repeated_syns_open_one_upstream() {
     assert_eq!(rig.engine.open_flows(), 1);
 }
 
+/// The client waits no longer for a SYN-ACK that was lost than until it asks again, which an ACK would not help with: it
+/// has to ignore one (RFC 9293, section 3.10.7.3). Another SYN is not its own.
+#[test]
+fn a_repeated_syn_is_answered_by_the_syn_ack_again() {
+    let mut rig = Rig::new();
+    let mut client = Client::new(CLIENT, TARGET);
+    let flow = rig.packet(&client.syn()).flow.expect("accepted");
+    rig.upstream(flow, UpstreamEvent::Connected);
+    let lost = rig.segment();
+    for _ in 0..3 {
+        rig.pass(Duration::from_millis(300));
+        assert_eq!(rig.segments(), []);
+        rig.packet(&client.syn());
+        assert_eq!(rig.segment(), lost);
+    }
+    let foreign = Client {
+        sequence: client.sequence.wrapping_add(7),
+        ..Client::new(CLIENT, TARGET)
+    };
+    rig.packet(&foreign.syn());
+    assert_eq!(rig.segment().flags, ACK);
+    rig.packet(&client.syn());
+    client.finish_handshake(&mut rig);
+    assert_eq!(rig.engine.open_flows(), 1);
+}
+
 #[test]
 fn a_client_without_options_gets_none() {
     let mut rig = Rig::new();
