@@ -34,6 +34,9 @@ fn config(control: CongestionControl) -> Config {
     config.limits.buffer_bytes = 64 << 20;
     // Where a fifth is lost both ways, so many SYN-ACKs and answers may be.
     config.timeouts.handshake = Duration::from_secs(600);
+    // A burst is counted in packets, of which only one leaves per timeout when it has taken all that was in flight: ten of
+    // them take five minutes, after which a client would rightly be given up.
+    config.timeouts.unacknowledged = Duration::from_secs(3_600);
     config
 }
 
